@@ -1,0 +1,1 @@
+"""Evaluators: what a model's outputs are worth, in NumPy."""

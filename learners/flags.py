@@ -1,0 +1,70 @@
+"""Flags from dataclass fields: one source for name, type, default, help and legal values."""
+
+import dataclasses
+import types
+import typing
+
+from absl import flags
+
+from pocketsize.errors import UserError
+from pocketsize.options import legal_values
+
+_DEFINE = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
+
+
+def parse(argv, config_types):
+  """Returns absl's FlagValues for a command line.
+
+  Args:
+    argv: the program's name and its arguments; `--flagfile=FILE` reads more of them from a file.
+    config_types: {heading: dataclass type}; field names are flag names and must differ.
+
+  Raises:
+    UserError: an unknown or malformed flag, or an argument that is no flag.
+    SystemExit: after `--help`, with code 0.
+  """
+  values = flags.FlagValues()
+  for heading, config_type in config_types.items():
+    for field in dataclasses.fields(config_type):
+      _define(values, heading, config_type, field)
+  flags.DEFINE_bool('help', False, 'show the flags', short_name='h', flag_values=values)
+  try:
+    rest = values(list(argv))
+  except flags.Error as error:
+    raise UserError(f'{str(error).rstrip(".")}. --help lists the flags.') from error
+  except OSError as error:
+    raise UserError(f'--flagfile names a file that cannot be read: {error}.') from error
+  if values.help:
+    print(_usage(argv[0], values))
+    raise SystemExit(0)
+  if rest[1:]:
+    raise UserError(f'Every argument must be a flag such as --learner=uniform. Received: {" ".join(rest[1:])!r}.')
+  return values
+
+
+def make(values, config_type):
+  """Returns a `config_type` filled from `values`; it raises a UserError for what is out of range."""
+  return config_type(**{field.name: values[field.name].value for field in dataclasses.fields(config_type)})
+
+
+def refuse(values, config_type, owner, received):
+  """Raises a UserError if the command line sets a flag of `config_type`, which belongs to `owner`."""
+  for field in dataclasses.fields(config_type):
+    if values[field.name].present:
+      raise UserError(f'--{field.name} belongs to {owner}. Received: it, and {received}.')
+
+
+def _define(values, heading, config_type, field):
+  hint = typing.get_type_hints(config_type)[field.name]
+  if isinstance(hint, types.UnionType):
+    hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
+  flag_help = f'{field.metadata["help"]}; {legal_values(config_type, field.name)}'
+  _DEFINE[hint](field.name, field.default, flag_help, flag_values=values)
+  values.register_flag_by_module(heading, values[field.name])
+
+
+def _usage(program, values):
+  lines = [f'Usage: {program} [flags]', '', '--flagfile=FILE reads flags from a file, one a line.', '']
+  for heading, group in values.flags_by_module_dict().items():
+    lines += [f'{heading}:', *(f'  --{flag.name}: {flag.help} (default: {flag.value})' for flag in group), '']
+  return '\n'.join(lines)

@@ -1,0 +1,35 @@
+"""`full-prec`: the float model, trained or pretrained, exported and measured as it is."""
+
+import dataclasses
+
+from learners.learner import Learner
+from pocketsize.errors import UserError
+from pocketsize.options import check_options
+
+
+class FullPrecision(Learner):
+  """No compression. With --enbl_dst the float model is itself trained with a teacher."""
+
+  name = 'full-prec'
+
+  @dataclasses.dataclass(frozen=True, kw_only=True)
+  class Config:
+    """The learner has no flags of its own."""
+
+    def __post_init__(self):
+      check_options(self)
+
+  def compressors(self, graph, steps):
+    return []
+
+  def epochs(self):
+    return 0.0
+
+  def float_compressors(self):
+    if not self.run.enbl_dst:
+      return []
+    if not self.run.save_path_dst or self.run.pretrained:
+      raise UserError('--learner=full-prec with --enbl_dst trains a model from scratch with a teacher: it needs '
+                      '--save_path_dst=FILE and no --pretrained. '
+                      f'Received: --save_path_dst={self.run.save_path_dst}, --pretrained={self.run.pretrained}.')
+    return [self.distillation(None)]

@@ -1,0 +1,95 @@
+"""The entry of every run script: flags, configuration, learner; an error of the user ends with exit code 2."""
+
+import difflib
+import errno
+import importlib
+import os
+import pkgutil
+import sys
+
+import keras
+import tensorflow as tf
+
+import learners
+from learners import flags, runtime
+from learners.learner import Learner, RunConfig
+from learners.training import Stopped
+from pocketsize.errors import UserError
+
+USER_ERROR = 2
+
+
+def discover():
+  """Returns {--learner value: Learner class} of every learner in the package, found by walking it."""
+  for module in pkgutil.iter_modules(learners.__path__, 'learners.'):
+    importlib.import_module(module.name)
+  return {cls.name: cls for cls in sorted(Learner.__subclasses__(), key=lambda cls: cls.name)}
+
+
+def find(name):
+  """Returns the learner class for a --learner value, or raises a UserError with the nearest name."""
+  found = discover()
+  if name not in found:
+    near = difflib.get_close_matches(name, found, n=1, cutoff=0.0)
+    raise UserError(f'--learner must be one of {", ".join(found)}. Received: {name!r}; did you mean {near[0]!r}?')
+  return found[name]
+
+
+def make_learner(helper_class, argv):
+  """Returns the learner that a command line asks for.
+
+  Args:
+    helper_class: the net's `ModelHelper` class.
+    argv: the program's name and its flags.
+
+  Raises:
+    UserError: see `flags.parse`, and what the learner finds wrong.
+  """
+  found = discover()
+  values = flags.parse(argv, {
+    'run': RunConfig, f'net {helper_class.name}': helper_class.Config,
+    **{f'learner {name}': cls.Config for name, cls in found.items()}})
+  run = flags.make(values, RunConfig)
+  learner_class = find(run.learner)
+  for name, other in found.items():
+    if other is not learner_class:
+      flags.refuse(values, other.Config, f'--learner={name}', f'--learner={run.learner}')
+  config = flags.make(values, learner_class.Config)
+  helper = helper_class(flags.make(values, helper_class.Config))
+  keras.utils.set_random_seed(run.seed)
+  tf.config.experimental.enable_op_determinism()
+  return learner_class(helper, run, config, runtime.create(run.enbl_multi_gpu), ' '.join(argv))
+
+
+def run(helper_class):
+  """Runs the learner that the command line asks for and ends the process.
+
+  Exit codes: 0 done; 2 a mistake of the user, in one sentence; 128 + n stopped by signal n.
+  """
+  sys.exit(run_with(helper_class, sys.argv))
+
+
+def run_with(helper_class, argv):
+  """Runs the learner for `argv` and returns the exit code."""
+  debug = '--debug' in argv
+  try:
+    make_learner(helper_class, argv).execute()
+  except UserError as error:
+    if debug:
+      raise
+    return _complain(str(error), USER_ERROR)
+  except Stopped as stopped:
+    return _complain(str(stopped), 128 + stopped.signal_number)
+  except KeyboardInterrupt:
+    return _complain('interrupted; the same command goes on from the last checkpoint', 130)
+  except OSError as error:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT) and 'No space left' not in str(error):
+      raise
+    return _complain(f'The disk is full: {error}. Make room and start the same command again.', USER_ERROR)
+  return 0
+
+
+def _complain(message, code):
+  if os.environ.get('HOROVOD_RANK', '0') == '0':
+    print(message, file=sys.stderr)
+  return code

@@ -1,0 +1,54 @@
+"""What a long loop shows: a bar with the time left, or plain lines where there is no terminal."""
+
+import datetime
+import sys
+import time
+
+from rich import progress
+
+
+class ProgressReport:
+  """Shows how far a loop of known length is. A context manager.
+
+  Args:
+    title: what the loop does.
+    total: its steps.
+    start: steps done before.
+    quiet: show nothing (all workers but the first).
+  """
+
+  def __init__(self, title, total, start=0, quiet=False):
+    self.title = title
+    self.total = total
+    self.start = start
+    self.quiet = quiet
+    self._bar = None
+
+  def __enter__(self):
+    self._began = time.monotonic()
+    if not self.quiet and sys.stdout.isatty():
+      self._bar = progress.Progress(
+        progress.TextColumn('{task.description}'), progress.BarColumn(), progress.MofNCompleteColumn(),
+        progress.TimeRemainingColumn(), progress.TextColumn('{task.fields[facts]}'))
+      self._task = self._bar.add_task(self.title, total=self.total, completed=self.start, facts='')
+      self._bar.start()
+    return self
+
+  def __exit__(self, *exception):
+    if self._bar:
+      self._bar.stop()
+
+  def advance(self, step):
+    """Says that `step` steps are done."""
+    if self._bar:
+      self._bar.update(self._task, completed=step)
+
+  def say(self, step, facts):
+    """Shows {name: text} at `step`: behind the bar, or as a line of its own with the time left."""
+    text = '  '.join(f'{name} {value}' for name, value in facts.items())
+    if self._bar:
+      self._bar.update(self._task, completed=step, facts=text)
+    elif not self.quiet:
+      rate = (time.monotonic() - self._began) / max(step - self.start, 1)
+      left = datetime.timedelta(seconds=round(rate * (self.total - step)))
+      print(f'{self.title}: step {step}/{self.total}  {text}  left {left}', flush=True)

@@ -1,0 +1,1 @@
+"""Nets: a ModelHelper each, for one network on one data set."""

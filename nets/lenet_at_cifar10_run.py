@@ -1,0 +1,6 @@
+"""Trains or compresses LeNet on CIFAR-10; `--helpshort` lists the flags."""
+
+from learners import main
+from nets.lenet_at_cifar10 import ModelHelper
+
+main.run(ModelHelper)

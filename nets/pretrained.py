@@ -1,0 +1,125 @@
+"""Pretrained weights from a file: read all, compare all with the model, and only then assign."""
+
+import pathlib
+import zipfile
+
+import h5py
+import keras
+import numpy as np
+
+from pocketsize.errors import UserError
+
+
+def load(model, path, names):
+  """Copies the weights of a file into `model`: all of them or, on an error, none.
+
+  Args:
+    model: a built keras.Model.
+    path: `.keras` file (any architecture with the same weights in the same order), `.weights.h5`
+      file of the same architecture, or `.npz` file.
+    names: function model -> {weight path: array name in an .npz file}.
+
+  Raises:
+    UserError: the file is missing, of another kind, unreadable, or does not fit the model.
+  """
+  path = pathlib.Path(path).expanduser()
+  if not path.is_file():
+    raise UserError(f'Pretrained file {path}: must exist. Received: no such file.')
+  if path.name.endswith('.weights.h5'):
+    arrays = _read(path, lambda: _from_h5(model, path))
+  elif path.suffix == '.keras':
+    arrays = _read(path, lambda: _from_keras(path))
+  elif path.suffix == '.npz':
+    arrays = _read(path, lambda: _from_npz(names(model), path))
+  else:
+    raise UserError(f'Pretrained file {path}: must end in .keras, .weights.h5 or .npz.')
+  for index, weight in enumerate(model.weights):
+    array = arrays[index] if index < len(arrays) else None
+    if array is None:
+      raise UserError(f'Pretrained file {path}: has no weight {weight.path}, the model wants one.')
+    if array.shape != tuple(weight.shape):
+      raise UserError(
+        f'Pretrained file {path}: weight {weight.path} has shape {array.shape}, '
+        f'the model wants {tuple(weight.shape)}'
+      )
+  if len(arrays) > len(model.weights):
+    raise UserError(
+      f'Pretrained file {path}: has {len(arrays)} weights, the model wants {len(model.weights)}.'
+    )
+  for weight, array in zip(model.weights, arrays, strict=True):
+    weight.assign(array)
+
+
+def _read(path, read):
+  try:
+    return read()
+  except UserError:
+    raise
+  # Whatever a damaged file, or one with layers that this process does not know, makes readers do.
+  except Exception as error:
+    raise UserError(
+      f'Pretrained file {path}: cannot be read: {type(error).__name__}: {error}'
+    ) from error
+
+
+def _from_keras(path):
+  return [np.array(weight) for weight in keras.models.load_model(path, compile=False).weights]
+
+
+def _from_npz(name_by_path, path):
+  """Arrays in the order of the names."""
+  if not zipfile.is_zipfile(path):
+    raise UserError(f'Pretrained file {path}: cannot be read: it is not an .npz archive.')
+  with np.load(path, allow_pickle=False) as archive:
+    for weight, name in name_by_path.items():
+      if name not in archive:
+        raise UserError(
+          f'Pretrained file {path}: has no array {name!r}, which the model wants for {weight}.'
+        )
+    surplus = [name for name in archive.files if name not in set(name_by_path.values())]
+    if surplus:
+      raise UserError(f'Pretrained file {path}: has {surplus[0]!r}, the model wants no such array.')
+    return [archive[name] for name in name_by_path.values()]
+
+
+def _from_h5(model, path):
+  """Arrays in the order of `model.weights`, None where the file has none.
+
+  Keras finds each layer's group in the file but assigns as it goes and says little when a shape
+  differs. So it walks a clone, whose layers only note what they are given.
+  """
+  clone = keras.models.clone_model(model)
+  array_by_weight = {}
+  for layer in clone._flatten_layers():
+    layer.load_own_variables = _note(layer, array_by_weight)
+  clone.load_weights(path)
+  arrays = [array_by_weight.get(id(weight)) for weight in clone.weights]
+  # Layers of the file that the model lacks are never asked for; they show in the count alone.
+  return arrays + [None] * (_count_weights(path) - len(array_by_weight))
+
+
+def _count_weights(path):
+  """Arrays of layers in a `.weights.h5` file, without optimizer and random states."""
+  names = []
+  with h5py.File(path) as file:
+    file.visititems(
+      lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None
+    )
+  return len([name for name in names if name.startswith('layers/') and 'seed_gen' not in name])
+
+
+def _note(layer, array_by_weight):
+  """A `load_own_variables` that keeps the stored arrays by weight and changes nothing."""
+  inner = {
+    id(weight)
+    for child in layer._flatten_layers(include_self=False, recursive=False)
+    for weight in child.weights
+  }
+  own = [weight for weight in layer.weights if id(weight) not in inner]
+
+  def load_own_variables(store):
+    for index, weight in enumerate(own):
+      if str(index) in store.keys():
+        array_by_weight[id(weight)] = np.array(store[str(index)])
+
+  return load_own_variables

@@ -1,0 +1,150 @@
+"""Compressors, stacks of them, and the registry that finds an algorithm by its name."""
+
+import abc
+import enum
+import importlib
+import pkgutil
+
+import keras
+
+import pocketsize
+from pocketsize.errors import UserError
+
+_REGISTRY = {}
+
+
+class Stage(enum.Enum):
+  """How far a model is compressed: only a checkpoint of stage FULL may count as a result."""
+
+  UNCOMPRESSED = 0
+  PARTIAL = 1
+  FULL = 2
+
+
+class Compressor(abc.ABC):
+  """An algorithm over time: where its transforms go, and what happens to them at a step.
+
+  Args:
+    rules: sequence of `targets.Rule`, whose configurations are of type `Config`; last match wins.
+
+  Attributes:
+    skipped: {path: reason} of the layers left alone; filled by `plan`.
+  """
+
+  Config = None
+
+  def __init__(self, rules=()):
+    self.rules = tuple(rules)
+    self.skipped = {}
+
+  @abc.abstractmethod
+  def plan(self, graph):
+    """Returns the list of `Placement`s for a `Graph`."""
+
+  def bind(self, model):  # noqa: B027 (an algorithm without state of its own has nothing to bind)
+    """Takes hold of an `Instrumented` model that was made from `plan`, or loaded."""
+
+  def update(self, step):  # noqa: B027
+    """Prepares transforms for optimizer step `step` (from 0). Pure in the step and the weights."""
+
+  def loss(self, x, y, outputs):
+    """Returns a term to add to the training loss, for a batch."""
+    return 0.0
+
+  def stage(self, step):
+    """Returns the `Stage` once `step` optimizer steps are done."""
+    return Stage.FULL
+
+  def statistics(self):
+    """Returns a flat {name: number} of what is to be watched during training."""
+    return {}
+
+
+class Stack(Compressor):
+  """Several compressors as one: placements joined, losses added.
+
+  Args:
+    compressors: iterable of `Compressor`.
+  """
+
+  def __init__(self, compressors=()):
+    super().__init__()
+    self.compressors = list(compressors)
+
+  def plan(self, graph):
+    placements = [placement for compressor in self.compressors for placement in compressor.plan(graph)]
+    # What one compressor leaves alone and another takes is not left alone; one without rules leaves nothing.
+    choosers = [compressor for compressor in self.compressors if compressor.rules]
+    self.skipped = {path: reason for compressor in reversed(choosers) for path, reason in compressor.skipped.items()
+                    if all(path in other.skipped for other in choosers)}
+    return placements
+
+  def bind(self, model):
+    for compressor in self.compressors:
+      compressor.bind(model)
+    model.stack = self
+
+  def update(self, step):
+    for compressor in self.compressors:
+      compressor.update(step)
+
+  def loss(self, x, y, outputs):
+    return sum(compressor.loss(x, y, outputs) for compressor in self.compressors)
+
+  def stage(self, step):
+    stages = {compressor.stage(step) for compressor in self.compressors}
+    if len(stages) > 1:
+      return Stage.PARTIAL
+    return stages.pop() if stages else Stage.UNCOMPRESSED
+
+  def statistics(self):
+    return {name: value for compressor in self.compressors for name, value in compressor.statistics().items()}
+
+
+class CompressionCallback(keras.callbacks.Callback):
+  """Calls `stack.update(step)` before every optimizer step of `fit`.
+
+  Args:
+    stack: a bound `Stack`.
+    step: the step at which this `fit` begins; None for the optimizer's own count.
+  """
+
+  def __init__(self, stack, step=None):
+    super().__init__()
+    self.stack = stack
+    self.step = step
+
+  def on_train_begin(self, logs=None):
+    if self.model.steps_per_execution != 1:
+      raise UserError('Compression has work to do before every step: compile the model with '
+                      f'steps_per_execution=1. Received: {self.model.steps_per_execution}.')
+    if self.step is None:
+      self.step = int(self.model.optimizer.iterations)
+
+  def on_train_batch_begin(self, batch, logs=None):
+    self.stack.update(self.step)
+    self.step += 1
+
+
+def register(name):
+  """Class decorator: `name` is the value of 'algorithm' in a config_list that means this compressor."""
+  def add(cls):
+    if _REGISTRY.setdefault(name, cls) is not cls:
+      raise ValueError(f'Two compressors are registered as {name!r}: {_REGISTRY[name]} and {cls}.')
+    return cls
+  return add
+
+
+def discover():
+  """Returns {name: Compressor class} of every algorithm in the package, found by walking it."""
+  for module in pkgutil.walk_packages(pocketsize.__path__, 'pocketsize.'):
+    importlib.import_module(module.name)
+  return dict(sorted(_REGISTRY.items()))
+
+
+def find(name):
+  """Returns the compressor class registered as `name`, or raises a UserError with the legal names."""
+  registry = discover()
+  if name not in registry:
+    raise UserError(f'`algorithm` must be one of {", ".join(registry)}. Received: {name!r}.')
+  return registry[name]

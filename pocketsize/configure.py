@@ -1,0 +1,74 @@
+"""From a config_list to an instrumented model: the door for a third party's training script."""
+
+import dataclasses
+
+from pocketsize import compressor, targets
+from pocketsize.calibration import calibrate, fit_scales
+from pocketsize.errors import UserError
+from pocketsize.graph import Graph
+from pocketsize.instrument import instrument
+
+_TARGET_KEYS = ('algorithm', 'op_types', 'op_names', 'exclude')
+
+
+def stack_from(config_list):
+  """Returns a `Stack` for a config_list.
+
+  Args:
+    config_list: list of dicts. 'algorithm' names a registered compressor; 'op_types', 'op_names' and
+      'exclude' say which layers (see `targets.Rule`); the other keys are fields of the algorithm's
+      configuration. Of the dicts of one algorithm the last that matches a layer wins.
+
+  Raises:
+    UserError: an unknown algorithm or key, a value out of range, no algorithm.
+  """
+  rules_by_algorithm = {}
+  for entry in config_list:
+    if not isinstance(entry, dict) or 'algorithm' not in entry:
+      raise UserError("Every entry of a config_list is a dict with a key 'algorithm', one of "
+                      f'{", ".join(compressor.discover())}. Received: {entry!r}.')
+    config_type = compressor.find(entry['algorithm']).Config
+    fields = {field.name for field in dataclasses.fields(config_type)}
+    unknown = set(entry) - fields - set(_TARGET_KEYS)
+    if unknown:
+      raise UserError(f'A config_list entry for {entry["algorithm"]!r} takes the keys '
+                      f'{", ".join([*_TARGET_KEYS, *sorted(fields)])}. Received: {", ".join(map(repr, sorted(unknown)))}.')
+    rules_by_algorithm.setdefault(entry['algorithm'], []).append(targets.Rule(
+      config_type(**{key: value for key, value in entry.items() if key in fields}),
+      tuple(entry.get('op_types', ())), tuple(entry.get('op_names', ())), bool(entry.get('exclude', False))))
+  if not rules_by_algorithm:
+    raise UserError('A config_list needs at least one entry. Received: [].')
+  return compressor.Stack(compressor.find(name)(rules) for name, rules in rules_by_algorithm.items())
+
+
+def attach(model, stack):
+  """Returns `model` instrumented with what `stack` plans, and bound to it."""
+  instrumented = instrument(model, stack.plan(Graph(model)))
+  stack.bind(instrumented)
+  return instrumented
+
+
+def compress(model, config_list, *, calibration=None):
+  """Returns (instrumented model, stack) ready to train.
+
+  The instrumented model shares the weights of `model`. Train it with
+  `fit(callbacks=[CompressionCallback(stack)])`, or in a loop of your own that calls `stack.update(step)`
+  before every optimizer step and adds `stack.loss(x, y, outputs)` to its loss. Then `strip` and `export`.
+
+  Args:
+    model: a built Functional or Sequential Keras model, nested ones included.
+    config_list: see `stack_from`.
+    calibration: iterable of input batches from which activation ranges start. Without it the first
+      training batch sets them.
+
+  Raises:
+    UserError: a model whose graph cannot be seen, or a config_list that makes no sense.
+  """
+  stack = stack_from(config_list)
+  instrumented = attach(model, stack)
+  if calibration is None:
+    fit_scales(instrumented)
+  else:
+    calibrate(instrumented, calibration)
+  stack.update(0)
+  return instrumented, stack

@@ -1,0 +1,15 @@
+"""Exporting models to TFLite, ONNX and OpenVINO, and running the files."""
+
+from pocketsize.conversion.formats import (
+  FORMATS,
+  ExportedFile,
+  export,
+  formats_for,
+  is_quantized,
+)
+from pocketsize.conversion.inspection import count_ops
+from pocketsize.conversion.runners import open_file
+from pocketsize.conversion.verification import latency, size, verify, verify_files
+
+__all__ = ['FORMATS', 'ExportedFile', 'count_ops', 'export', 'formats_for', 'is_quantized', 'latency',
+           'open_file', 'size', 'verify', 'verify_files']

@@ -1,0 +1,42 @@
+"""What went wrong in a converter, in one sentence."""
+
+import importlib
+import re
+
+from pocketsize.conversion.lowering import SCOPE
+from pocketsize.errors import UserError
+
+_PACKAGES = {'tf2onnx': 'tf2onnx', 'onnx': 'onnx', 'onnxruntime': 'onnxruntime', 'openvino': 'openvino',
+             'ai_edge_litert': 'ai-edge-litert'}
+
+
+def require(module, purpose):
+  """Imports and returns `module`.
+
+  Args:
+    module: such as 'onnxruntime' or 'ai_edge_litert.interpreter'.
+    purpose: what it is needed for: 'to run ONNX files'.
+
+  Raises:
+    UserError: its package is missing or broken.
+  """
+  package = _PACKAGES[module.partition('.')[0]]
+  try:
+    return importlib.import_module(module)
+  except ImportError as error:
+    raise UserError(f'Package {package!r} is needed {purpose}: pip install {package}. Received: {error}.') from error
+
+
+def conversion_error(name, error):
+  """Returns a UserError for what a converter refused.
+
+  Args:
+    name: of the format.
+    error: the converter's exception.
+  """
+  text = str(error)
+  layers = dict.fromkeys(match.strip('.') for match in re.findall(SCOPE + r'([\w.]+)', text))
+  where = f' at layer {", ".join(repr(layer.replace(".", "/")) for layer in list(layers)[:3])}' if layers else ''
+  lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
+  line = next((line for line in lines if 'error' in line.lower()), lines[0])
+  return UserError(f'The {name} converter refuses the model{where}: {line[:300]}')

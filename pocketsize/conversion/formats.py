@@ -1,0 +1,114 @@
+"""From a model to files: which formats there are and how each is written."""
+
+import difflib
+import os
+import pathlib
+from typing import NamedTuple
+
+from pocketsize.conversion import onnx, openvino, tflite
+from pocketsize.conversion.lowering import Lowered
+from pocketsize.errors import UserError
+from pocketsize.files import atomic_path
+from pocketsize.instrument import Instrumented
+
+
+class ExportedFile(NamedTuple):
+  """A file and what there is to say about it.
+
+  Attributes:
+    format: one of `FORMATS`.
+    path: of the file; OpenVINO's weights lie beside it, with suffix .bin.
+    note: sentences about what differs from training, or ''.
+  """
+
+  format: str
+  path: pathlib.Path
+  note: str
+
+
+class _Format(NamedTuple):
+  writer: object
+  suffix: str
+  quantized: bool
+
+
+_FORMATS = {
+  'tflite': _Format(tflite.convert, '.tflite', quantized=False),
+  'tflite_int8': _Format(tflite.convert, '_int8.tflite', quantized=True),
+  'onnx': _Format(onnx.convert, '.onnx', quantized=False),
+  'onnx_qdq': _Format(onnx.convert, '_qdq.onnx', quantized=True),
+  'openvino': _Format(openvino.convert, '.xml', quantized=False),
+  'openvino_int8': _Format(openvino.convert, '_int8.xml', quantized=True),
+}
+FORMATS = tuple(_FORMATS)
+QUANTIZED_FORMATS = frozenset(name for name, kind in _FORMATS.items() if kind.quantized)
+
+
+def is_quantized(model):
+  """Returns whether `model` has quantizers, of weights or of activations."""
+  return isinstance(model, Instrumented) and any(hasattr(transform, 'bits') for transform in model.transforms)
+
+
+def formats_for(model):
+  """Returns the `FORMATS` that `model` can be written in: those of int8 need quantizers."""
+  return tuple(name for name in FORMATS if is_quantized(model) or name not in QUANTIZED_FORMATS)
+
+
+def export(model, folder, formats=None, name='model'):
+  """Writes a model in several formats. A file is whole or absent.
+
+  Float formats compute with the kernels as deployed and float activations, int8 formats with what the
+  quantizers learned; no data is used.
+
+  Args:
+    model: `Instrumented`, or a Functional or Sequential model.
+    folder: of the files; made if it is missing.
+    formats: names out of `FORMATS`; all that fit the model if None.
+    name: what the files' names begin with.
+
+  Returns:
+    A list of `ExportedFile`.
+
+  Raises:
+    UserError: an unknown format, an int8 format of a model without quantizers, a missing package, or an
+      operation that a converter refuses.
+  """
+  formats = formats_for(model) if formats is None else tuple(formats)
+  for unknown in [name for name in formats if name not in _FORMATS]:
+    near = difflib.get_close_matches(unknown, _FORMATS, n=1)
+    raise UserError(f'`formats` must be names out of {", ".join(_FORMATS)}. Received: {unknown!r}.'
+                    + (f' Did you mean {near[0]!r}?' if near else ''))
+  for format_ in formats:
+    if format_ not in formats_for(model):
+      raise UserError(f'Format {format_!r} holds what quantizers learned, and the model has none. Export it as '
+                      f'{", ".join(formats_for(model))}, or train it with quantizers.')
+  lowered = {quantized: Lowered(model, quantized)
+             for quantized in dict.fromkeys(_FORMATS[format_].quantized for format_ in formats)}
+  files = []
+  for format_ in formats:
+    kind = _FORMATS[format_]
+    path = pathlib.Path(folder, name + kind.suffix)
+    _write(kind.writer, lowered[kind.quantized], path)
+    files.append(ExportedFile(format_, path, _note(lowered[kind.quantized])))
+  return files
+
+
+def _write(writer, lowered, path):
+  with atomic_path(path) as temporary:
+    try:
+      writer(lowered, temporary)
+      # OpenVINO writes its weights beside the .xml.
+      if temporary.with_suffix('.bin').exists():
+        os.replace(temporary.with_suffix('.bin'), path.with_suffix('.bin'))
+    finally:
+      temporary.with_suffix('.bin').unlink(missing_ok=True)
+
+
+def _note(lowered):
+  notes = list(lowered.notes)
+  if lowered.kernels and not lowered.has_activations:
+    notes.append('int8 weights, expanded by the runtime; computed in float')
+  narrow = sorted({kernel.bits for kernel in lowered.kernels if kernel.codes is not None and kernel.bits < 8})
+  if narrow:
+    notes.append(f'{", ".join(f"{bits}-bit" for bits in narrow)} weights as int8 codes of the same scale')
+  return '; '.join(notes)

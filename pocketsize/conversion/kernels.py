@@ -1,0 +1,151 @@
+"""Kernels on their way into a file: batch norm folded in, and integer codes for those on a grid.
+
+Folding is exact per output channel (Jacob et al. 2018, arXiv:1712.05877, section 3.2): the scale takes
+the batch norm's factor and the codes stay what training made of them, up to the factor's sign.
+"""
+
+import itertools
+from typing import NamedTuple
+
+import keras
+import numpy as np
+
+from pocketsize import targets
+
+# Runtimes hold a bias as int32 multiples of (input step * weight step).
+_BIAS_CODES = 2.0 ** 30
+# The smallest step: its products with an activation's step are still normal float32 numbers.
+_LEAST_STEP = 1e-30
+
+
+class Kernel(NamedTuple):
+  """One kernel as a file shall hold it.
+
+  Attributes:
+    path: path of its layer.
+    values: float32 array in Keras' layout, the kernel as deployed with batch norm folded in.
+    codes: int8 array of the same shape, or None for a kernel that stays float.
+    scale: positive float32 array of the same shape, `codes * scale == values`, one value in each
+      output channel; None with `codes`.
+    bits: of the codes, 1 to 8; of the quantizer, 9 to 16, where there are none; 32 without quantizer.
+    bias: [channels] float32 with batch norm folded in, or None.
+    note: what differs from training, or ''.
+  """
+
+  path: str
+  values: np.ndarray
+  codes: np.ndarray | None
+  scale: np.ndarray | None
+  bits: int
+  bias: np.ndarray | None
+  note: str
+
+
+def batch_norm_factors(layer):
+  """Returns (factor, offset), [channels] float64: a BatchNormalization is x * factor + offset."""
+  mean, variance = (keras.ops.convert_to_numpy(value).astype(np.float64)
+                    for value in (layer.moving_mean, layer.moving_variance))
+  factor = 1.0 / np.sqrt(variance + layer.epsilon)
+  if layer.scale:
+    factor = factor * keras.ops.convert_to_numpy(layer.gamma)
+  offset = -mean * factor
+  return factor, offset + keras.ops.convert_to_numpy(layer.beta) if layer.center else offset
+
+
+def make_kernel(path, layer, point, deployed, transforms, factor=None, bias=None, input_step=None):
+  """Returns the `Kernel` of one weight.
+
+  Args:
+    path, layer, point: where it is.
+    deployed: float array, after all transforms.
+    transforms: those of the place, in order; the last one with a grid decides.
+    factor: [channels] of the batch norm to fold in, or None.
+    bias: [channels] float after folding, or None.
+    input_step: the step of the 8-bit activation that the layer reads, or None where it is float.
+  """
+  axes = tuple(axis % deployed.ndim for axis in targets.channel_axes(layer, point))
+  factors = 1.0 if factor is None else _spread(factor, axes, deployed.shape)
+  grid, bits = _grid(deployed, transforms)
+  if not bits or bits > 8:
+    return Kernel(path, (deployed * factors).astype(np.float32), None, None, bits or 32, bias,
+                  f'{bits}-bit weights as float32' if bits else '')
+  note = ''
+  scale = _channel_scale(grid, deployed.shape, axes)
+  if scale is None:
+    note = f'{bits}-bit weights in groups that no format has, as int8 by output channel'
+    within = tuple(axis for axis in range(deployed.ndim) if axis not in axes)
+    scale = np.abs(deployed.astype(np.float64)).max(axis=within, keepdims=True) / 127.0
+    scale, bits = np.broadcast_to(scale, deployed.shape), 8
+  scale = np.where(scale > 0.0, scale, 1.0)
+  codes = np.round(deployed / scale) * np.sign(factors)
+  scale = np.where(factors == 0.0, scale, scale * np.abs(factors))
+  if bias is not None and input_step:
+    # A channel that batch norm all but erases would need a larger bias than int32 holds.
+    least = np.broadcast_to(_spread(np.abs(bias), axes, codes.shape) / (_BIAS_CODES * input_step), codes.shape)
+    codes = np.where(scale < least, np.round(codes * scale / np.maximum(least, _LEAST_STEP)), codes)
+    scale = np.maximum(scale, least)
+  codes, scale = codes.astype(np.int8), np.maximum(scale, _LEAST_STEP).astype(np.float32)
+  return Kernel(path, codes * scale, codes, scale, bits, bias, note)
+
+
+def _grid(deployed, transforms):
+  """Returns (the last transform's grid or None, the bits of grid or quantizer or 0)."""
+  grids = [grid for grid in (transform.grid(deployed) for transform in transforms) if grid is not None]
+  if grids:
+    return grids[-1], grids[-1].bits
+  return None, max((getattr(transform, 'bits', 0) for transform in transforms), default=0)
+
+
+def _channel_scale(grid, shape, axes):
+  """Returns the grid's scale spread over `shape`, or None unless it is one value an output channel."""
+  if grid is None:
+    return None
+  scale = np.broadcast_to(np.asarray(grid.scale, np.float64), shape)
+  within = tuple(axis for axis in range(len(shape)) if axis not in axes)
+  return scale if np.array_equal(scale.min(axis=within), scale.max(axis=within)) else None
+
+
+def _spread(vector, axes, shape):
+  """Returns a [channels] vector so that it broadcasts against a kernel whose `axes` count the channels."""
+  return np.reshape(vector, [size if axis in axes else 1 for axis, size in enumerate(shape)])
+
+
+def stand_in(kernel, axes, seed):
+  """Returns (codes, values): random int8 codes and float32 values to put in the kernel's place.
+
+  They lead to the constant in a converted file, whatever layout it has there. Every output channel
+  holds a 127, so that a converter that looks for the largest magnitude finds the step that is meant.
+
+  Args:
+    kernel: a `Kernel`.
+    axes: of the output channels.
+    seed: different for every kernel.
+  """
+  shape = kernel.values.shape
+  codes = np.random.default_rng(seed).integers(-127, 128, shape).astype(np.int8)
+  codes[tuple(slice(None) if axis in axes else 0 for axis in range(len(shape)))] = 127
+  scale = np.float32(1.0) if kernel.scale is None else kernel.scale
+  return codes, (codes * scale).astype(np.float32)
+
+
+def layout(original, stored):
+  """Returns the order of `original`'s axes in which it has the values of `stored`, or None.
+
+  Args:
+    original: array in Keras' layout.
+    stored: array as found in a file; its shape does not matter.
+  """
+  if original.size != stored.size:
+    return None
+  for order in itertools.permutations(range(original.ndim)):
+    if np.array_equal(original.transpose(order).ravel(), stored.ravel()):
+      return order
+  return None
+
+
+def channel_axis(scale):
+  """Returns the only axis along which `scale`, as laid out in a file, differs; None where it is one value."""
+  axes = [axis for axis in range(scale.ndim) if np.any(scale != scale.take([0], axis))]
+  if len(axes) > 1:
+    raise ValueError(f'Argument `scale` must differ along one axis. Received: axes {axes}.')
+  return axes[0] if axes else None

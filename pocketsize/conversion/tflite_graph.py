@@ -1,0 +1,136 @@
+"""A TFLite flatbuffer as objects, with the few edits that exporting needs."""
+
+import copy
+
+import numpy as np
+
+from pocketsize.conversion.kernels import channel_axis
+
+_FLOAT32, _INT8 = 0, 9
+_DEQUANTIZE, _QUANTIZE = 6, 114
+
+
+class TfliteGraph:
+  """One model with one subgraph. Tensors are their numbers in it.
+
+  Args:
+    content: bytes of a TFLite file.
+  """
+
+  def __init__(self, content):
+    from tensorflow.lite.tools import flatbuffer_utils
+    self._utils = flatbuffer_utils
+    self._schema = flatbuffer_utils.schema_fb
+    self._model = flatbuffer_utils.convert_bytearray_to_object(content)
+    self._graph = self._model.subgraphs[0]
+
+  def constants(self):
+    """Yields (tensor, [size] int8 or float32 array) of the constants of these types."""
+    for number, tensor in enumerate(self._graph.tensors):
+      data = self._model.buffers[tensor.buffer].data
+      if data is not None and len(data) and tensor.type in (_FLOAT32, _INT8):
+        yield number, np.asarray(data).view(np.int8 if tensor.type == _INT8 else np.float32)
+
+  def is_int8(self, tensor):
+    """Returns whether a tensor is int8."""
+    return self._graph.tensors[tensor].type == _INT8
+
+  def set_float(self, tensor, values):
+    """Makes a constant float32, with `values` in its layout."""
+    self._graph.tensors[tensor].type = _FLOAT32
+    self._graph.tensors[tensor].quantization = None
+    self._model.buffers[self._graph.tensors[tensor].buffer].data = _bytes(values.astype(np.float32))
+
+  def set_int8(self, tensor, codes, scale):
+    """Makes a constant int8 with `codes` and `scale`, arrays in its layout up to its shape."""
+    stored = self._graph.tensors[tensor]
+    self._model.buffers[stored.buffer].data = _bytes(codes)
+    scale = scale.reshape(stored.shape)
+    old = stored.quantization if stored.type == _INT8 else None
+    if old is not None and len(old.scale) > 1:
+      axis = old.quantizedDimension
+    else:
+      axis = channel_axis(scale)
+    vector = scale.ravel()[:1] if axis is None else np.moveaxis(scale, axis, 0).reshape(scale.shape[axis], -1)[:, 0]
+    if old is not None and len(old.scale) != len(vector):
+      raise RuntimeError(f'The TFLite converter gave {stored.name!r} {len(old.scale)} scales for {len(vector)}.')
+    stored.type = _INT8
+    stored.quantization = self._schema.QuantizationParametersT()
+    stored.quantization.scale = vector.astype(np.float32)
+    stored.quantization.zeroPoint = np.zeros(len(vector), np.int64)
+    stored.quantization.quantizedDimension = axis or 0
+
+  def dequantize(self, tensor):
+    """Puts a DEQUANTIZE between an int8 constant and the operators that read it."""
+    output = self._add_tensor(tensor, '_float')
+    readers = [index for index, op in enumerate(self._graph.operators) if tensor in op.inputs]
+    for index in readers:
+      self._replace(self._graph.operators[index], 'inputs', tensor, output)
+    self._insert(readers[0], _DEQUANTIZE, tensor, output)
+
+  def make_float(self, tensor, values, bias):
+    """Lets the operators that read kernel `tensor`, made int8 by the converter, compute in float.
+
+    Args:
+      tensor: the kernel.
+      values: float array in its layout up to its shape.
+      bias: [channels] float32, or None.
+    """
+    self.set_float(tensor, values)
+    for op in [op for op in self._graph.operators if tensor in op.inputs]:
+      place = list(op.inputs).index(tensor)
+      for number in op.inputs[place + 1:]:
+        if number >= 0 and self._graph.tensors[number].type not in (_FLOAT32, _INT8):
+          zeros = np.zeros(self._graph.tensors[number].shape, np.float32)
+          self.set_float(number, zeros if bias is None else bias)
+      for number in [number for number in op.inputs if number >= 0 and self.is_int8(number)]:
+        output = self._add_tensor(number, '_float')
+        self._replace(op, 'inputs', number, output)
+        self._insert(self._graph.operators.index(op), _DEQUANTIZE, number, output)
+      number = op.outputs[0]
+      source = self._add_tensor(number, '_float')
+      self._replace(op, 'outputs', number, source)
+      self._insert(self._graph.operators.index(op) + 1, _QUANTIZE, source, number)
+
+  def _add_tensor(self, like, suffix):
+    tensor = copy.copy(self._graph.tensors[like])
+    tensor.name = tensor.name + (suffix if isinstance(tensor.name, str) else suffix.encode())
+    tensor.type, tensor.quantization, tensor.buffer = _FLOAT32, None, 0
+    self._graph.tensors.append(tensor)
+    return len(self._graph.tensors) - 1
+
+  def _replace(self, op, side, old, new):
+    setattr(op, side, np.array([new if number == old else number for number in getattr(op, side)], np.int32))
+
+  def _insert(self, index, code, source, target):
+    op = self._schema.OperatorT()
+    op.opcodeIndex = self._opcode(code)
+    op.inputs, op.outputs = np.array([source], np.int32), np.array([target], np.int32)
+    self._graph.operators.insert(index, op)
+
+  def _opcode(self, code):
+    for index, known in enumerate(self._model.operatorCodes):
+      if max(known.builtinCode, known.deprecatedBuiltinCode) == code:
+        known.version = max(known.version, 2)
+        return index
+    added = self._schema.OperatorCodeT()
+    added.builtinCode = added.deprecatedBuiltinCode = code
+    # Version 2 of both reads and writes int8.
+    added.version = 2
+    self._model.operatorCodes.append(added)
+    return len(self._model.operatorCodes) - 1
+
+  def rename(self, inputs, outputs):
+    """Names the model's inputs and outputs, in the order of the TensorFlow function."""
+    for names, numbers in ((inputs, self._graph.inputs), (outputs, self._graph.outputs)):
+      for name, number in zip(names, numbers, strict=True):
+        self._graph.tensors[number].name = name
+
+  def save(self, path):
+    """Writes the file at `path`."""
+    with open(path, 'wb') as file:
+      file.write(self._utils.convert_object_to_bytearray(self._model))
+
+
+def _bytes(array):
+  return np.frombuffer(np.ascontiguousarray(array).tobytes(), np.uint8)

@@ -1,0 +1,71 @@
+"""What a model costs: parameters, multiply-accumulates, bits."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from pocketsize import targets
+
+
+class LayerCost(NamedTuple):
+  """One layer's cost for one sample.
+
+  Attributes:
+    name: path of the layer.     params: weights of all kinds, batch norm's among them.
+    macs: multiply-accumulates; additions of biases and batch norm are not counted.
+    channels: output channels, None where the layer has no weights.
+  """
+
+  name: str
+  params: int
+  macs: int
+  channels: int | None
+
+
+def node_macs(graph, node):
+  """Returns the multiply-accumulates of one call of a weighted layer, for one sample.
+
+  Every weight of a convolution is used once for each output position (for each input position if
+  transposed), every weight of a dense layer once for each position of the other axes.
+  """
+  layer = node.operation
+  name = type(layer).__name__
+  points = targets.weight_points(layer)
+  if not points:
+    return 0
+  weights = sum(math.prod(getattr(layer, point).shape) for point in points)
+  shape = graph.shape(node.inputs[0] if name.endswith('Transpose') else node.outputs[0])
+  if name == 'Dense':
+    return weights * _size(shape[1:-1])
+  if name == 'EinsumDense':
+    kept = _size(layer.kernel.shape[axis] for axis in targets.channel_axes(layer, 'kernel'))
+    return weights * max(_size(shape[1:]) // kept, 1)
+  axes = shape[1:-1] if layer.data_format == 'channels_last' else shape[2:]
+  return weights * _size(axes)
+
+
+def _size(shape):
+  """Returns the product of a shape; unknown sizes count 1."""
+  return math.prod(size or 1 for size in shape)
+
+
+def layer_costs(graph):
+  """Returns a `LayerCost` for each layer of a `Graph` that has weights, in order of execution."""
+  macs = {}
+  for node in graph.nodes:
+    macs[node.path] = macs.get(node.path, 0) + node_macs(graph, node)
+  return [
+    LayerCost(path, layer.count_params(), macs[path],
+              graph.shape(next(node for node in graph.nodes if node.path == path).outputs[0])[-1])
+    for path, layer in graph.layers.items() if layer.weights]
+
+
+def macs(graph):
+  """Returns the multiply-accumulates of a whole `Graph`, for one sample."""
+  return sum(node_macs(graph, node) for node in graph.nodes)
+
+
+def nonzero_params(model):
+  """Returns how many of a Keras model's weights are not zero."""
+  return int(sum(np.count_nonzero(weight) for weight in model.get_weights()))

@@ -1,0 +1,184 @@
+"""The flat view of a Keras model: every call of every layer in order, nested models inlined.
+
+This is the only module that reads Keras' own record of a functional model (`_nodes_by_depth`).
+"""
+
+import dataclasses
+import inspect
+
+import keras
+from keras.src.models.functional import Functional
+
+from pocketsize.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Node:
+  """One call of one operation.
+
+  Attributes:
+    path: name of the operation, behind the names of the nested models around it: 'base/conv1'.
+    operation: a Keras layer, or an operator such as `x + y`.
+    inputs: numbers of the tensors that it reads.
+    outputs: numbers of the tensors that it writes.
+    symbols: the symbolic tensors of `inputs`, as the arguments hold them.
+    arguments: Keras' record of the call.
+    takes_training: whether the operation has an argument `training`.
+    inference_only: whether the model's author wrote `training=False` at this call or around it.
+  """
+
+  path: str
+  operation: keras.Operation
+  inputs: tuple
+  outputs: tuple
+  symbols: tuple = ()
+  arguments: object = None
+  takes_training: bool = False
+  inference_only: bool = False
+
+  @property
+  def is_input(self):
+    return self.arguments is None
+
+
+def functional(model):
+  """Returns the functional model inside `model`.
+
+  Raises:
+    UserError: `model` is subclassed, or a Sequential model without input shape.
+  """
+  if isinstance(model, keras.Sequential):
+    if not model.built:
+      raise UserError(f'Sequential model {model.name!r} has no shapes yet: put a keras.Input in front '
+                      'or call it once on data.')
+    return model._functional
+  if isinstance(model, Functional) and type(model).call is Functional.call:
+    return model
+  raise UserError(
+    f'Model {getattr(model, "name", model)!r} is a subclass of keras.Model with a `call` of its own, whose graph '
+    'cannot be seen. Build it with the functional API, for example '
+    '`keras.Model(inputs, outputs)` around the layers that `call` uses, or keras.Sequential. '
+    f'Received: {type(model).__name__}.')
+
+
+def is_nested(operation):
+  """Returns whether `operation` is a model whose graph can be seen."""
+  return isinstance(operation, keras.Sequential) or (
+    isinstance(operation, Functional) and type(operation).call is Functional.call)
+
+
+class Graph:
+  """Nodes of a model in execution order. Tensors are numbers.
+
+  Args:
+    model: a built Functional or Sequential model; nested ones are inlined.
+
+  Raises:
+    UserError: a subclassed or unbuilt model.
+  """
+
+  def __init__(self, model):
+    self.model = model
+    self.nodes = []
+    self.layers = {}
+    self._symbols = []
+    self._producers = {}
+    self._consumers = {}
+    top = functional(model)
+    numbers = {}
+    for symbol in top.inputs:
+      layer = symbol._keras_history.operation
+      numbers[id(symbol)] = self._add(layer.name, layer, (), (symbol,))[0]
+    self.inputs = tuple(numbers[id(symbol)] for symbol in top.inputs)
+    self._walk(top, '', numbers, inference_only=False)
+    self.outputs = tuple(numbers[id(symbol)] for symbol in top.outputs)
+
+  def _add(self, path, operation, inputs, outputs, **fields):
+    numbers = tuple(range(len(self._symbols), len(self._symbols) + len(outputs)))
+    self._symbols.extend(outputs)
+    node = Node(path, operation, tuple(inputs), numbers, **fields)
+    self.nodes.append(node)
+    for number in numbers:
+      self._producers[number] = node
+    for number in dict.fromkeys(inputs):
+      self._consumers.setdefault(number, []).append(node)
+    if isinstance(operation, keras.Layer):
+      self.layers.setdefault(path, operation)
+    return numbers
+
+  def _walk(self, model, prefix, numbers, inference_only):
+    for _, nodes in sorted(model._nodes_by_depth.items(), reverse=True):
+      for node in nodes:
+        if node.is_input or not node.operation:
+          continue
+        path = prefix + node.operation.name
+        inputs = tuple(numbers[id(symbol)] for symbol in node.input_tensors)
+        fixed = inference_only or node.arguments.kwargs.get('training') is False
+        if is_nested(node.operation):
+          inner = functional(node.operation)
+          local = {id(symbol): self._cast(number, symbol, path)
+                   for symbol, number in zip(inner.inputs, inputs, strict=True)}
+          self._walk(inner, path + '/', local, fixed)
+          outputs = [local[id(symbol)] for symbol in inner.outputs]
+        else:
+          outputs = self._add(
+            path, node.operation, inputs, node.output_tensors, symbols=tuple(node.input_tensors),
+            arguments=node.arguments, inference_only=fixed,
+            takes_training='training' in inspect.signature(node.operation.call).parameters)
+        numbers.update({id(symbol): number
+                        for symbol, number in zip(node.output_tensors, outputs, strict=True)})
+
+  def _cast(self, tensor, symbol, path):
+    """Returns the number of `tensor` with the dtype of `symbol`, an input of the nested model at `path`."""
+    if self.dtype(tensor) == keras.backend.standardize_dtype(symbol.dtype):
+      return tensor
+    outer = self._symbols[tensor]
+    inner = keras.ops.cast(outer, symbol.dtype)
+    operation = inner._keras_history.operation
+    return self._add(f'{path}/{symbol._keras_history.operation.name}', operation, (tensor,), (inner,),
+                     symbols=(outer,), arguments=operation._inbound_nodes[-1].arguments)[0]
+
+  def consumers(self, tensor):
+    """Returns the nodes that read tensor number `tensor`."""
+    return self._consumers.get(tensor, [])
+
+  def producer(self, tensor):
+    """Returns the node that writes tensor number `tensor`."""
+    return self._producers[tensor]
+
+  def shape(self, tensor):
+    """Returns the symbolic shape of tensor number `tensor`; the batch is None."""
+    return tuple(self._symbols[tensor].shape)
+
+  def dtype(self, tensor):
+    """Returns the name of the dtype of tensor number `tensor`."""
+    return keras.backend.standardize_dtype(self._symbols[tensor].dtype)
+
+  def run(self, inputs, call=None, training=None):
+    """Computes the model's outputs.
+
+    Args:
+      inputs: tensors, as many as the model has inputs, in their order.
+      call: `call(node, args, kwargs)` computes a node in place of its operation. InputLayers come too,
+        with the fed tensor as only argument.
+      training: passed to the operations that take it, unless the model says `training=False` there.
+
+    Returns:
+      The list of output tensors.
+    """
+    call = call or (lambda node, args, kwargs: args[0] if node.is_input
+                    else node.operation(*args, **kwargs))
+    values = {}
+    feeds = dict(zip(self.inputs, inputs, strict=True))
+    for node in self.nodes:
+      if node.is_input:
+        outputs = call(node, (feeds[node.outputs[0]],), {})
+      else:
+        known = {id(symbol): values[number]
+                 for symbol, number in zip(node.symbols, node.inputs, strict=True)}
+        args, kwargs = node.arguments.fill_in(known)
+        if node.takes_training:
+          kwargs['training'] = False if node.inference_only else training
+        outputs = call(node, args, kwargs)
+      values.update(zip(node.outputs, keras.tree.flatten(outputs), strict=True))
+    return [values[number] for number in self.outputs]

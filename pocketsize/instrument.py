@@ -1,0 +1,175 @@
+"""Instrumenting a model: an overlay that puts transforms in the way of the model's own layers."""
+
+import keras
+import numpy as np
+
+from pocketsize import fused_bn
+from pocketsize.errors import UserError
+from pocketsize.graph import Graph, functional
+from pocketsize.transform import Placement
+
+ACTIVATION_POINTS = ('input', 'output')
+
+
+@keras.saving.register_keras_serializable(package='pocketsize')
+class Instrumented(keras.Model):
+  """Computes `source` with transforms in place.
+
+  The layers and weights are those of `source`, not copies: training this trains `source`'s latent
+  weights. It can be compiled, fitted, saved and loaded like any Keras model.
+
+  Attributes:
+    source: the user's model.
+    graph: its `Graph`.
+    transforms: all transforms, in order of placement.
+    stack: the `Stack` whose loss training adds, or None. Not saved.
+  """
+
+  def __init__(self, source, placements=(), name=None, **kwargs):
+    super().__init__(name=name or source.name, **kwargs)
+    self.source = source
+    self.graph = Graph(source)
+    self.stack = None
+    placements = sorted(placements, key=lambda placement: placement.transform.order)
+    self._places = [(placement.path, placement.point) for placement in placements]
+    self.transforms = [placement.transform for placement in placements]
+    self._check()
+    self._build_transforms()
+    self.built = True
+
+  @property
+  def placements(self):
+    """The placements, in the order in which they run at each place."""
+    return [Placement(*place, transform)
+            for place, transform in zip(self._places, self.transforms, strict=True)]
+
+  def transforms_at(self, path, point):
+    """Returns the transforms at one place, in order."""
+    return [transform for place, transform in zip(self._places, self.transforms, strict=True)
+            if place == (path, point)]
+
+  def _check(self):
+    paths = {node.path for node in self.graph.nodes}
+    for path, point, transform in self.placements:
+      if path not in paths:
+        raise UserError(f'There is no layer {path!r} to place {transform.name!r} at. '
+                        f'The layers are: {", ".join(sorted(paths))}.')
+      if point not in ACTIVATION_POINTS and not hasattr(self.graph.layers.get(path), point):
+        raise UserError(f'Layer {path!r} has no weight {point!r} to transform.')
+
+  def _build_transforms(self):
+    node_by_path = {node.path: node for node in self.graph.nodes}
+    for path, point, transform in self.placements:
+      if transform.built:
+        continue
+      if point in ACTIVATION_POINTS:
+        node = node_by_path[path]
+        transform.build(self.graph.shape((node.inputs if point == 'input' else node.outputs)[0]))
+      else:
+        transform.build(tuple(getattr(self.graph.layers[path], point).shape))
+
+  def transformed(self, path, point, training=False, before=None):
+    """Returns a layer's weight after its transforms, or after those that come `before` one, as a tensor."""
+    value = keras.ops.convert_to_tensor(getattr(self.graph.layers[path], point))
+    for transform in self.transforms_at(path, point):
+      if transform is before:
+        break
+      value = transform(value, training=training)
+    return value
+
+  def baked(self, path, point='kernel'):
+    """Returns a layer's weight as deployed, a float array."""
+    return np.array(keras.ops.convert_to_numpy(self.transformed(path, point)))
+
+  def call(self, inputs, training=None):
+    return self.run(inputs, training)
+
+  def run(self, inputs, training=None, activate=None):
+    """Computes the outputs.
+
+    Args:
+      inputs: as `source` takes them.
+      training: as for any Keras model.
+      activate: `activate(transform, x)` in place of applying a transform to an activation.
+    """
+    activate = activate or (lambda transform, x: transform(x, training=training))
+    model = functional(self.source)
+    outputs = self.graph.run(
+      model._standardize_inputs(inputs), training=training,
+      call=lambda node, args, kwargs: self._call_node(node, args, kwargs, training, activate))
+    return keras.tree.pack_sequence_as(model._outputs_struct, outputs)
+
+  def _call_node(self, node, args, kwargs, training, activate):
+    training = training and not node.inference_only
+    for transform in self.transforms_at(node.path, 'input'):
+      args = (activate(transform, args[0]), *args[1:])
+    weights = dict.fromkeys(point for path, point in self._places
+                            if path == node.path and point not in ACTIVATION_POINTS)
+    if node.is_input:
+      outputs = args[0]
+    elif weights:
+      mapping = [(getattr(node.operation, point), self.transformed(node.path, point, training))
+                 for point in weights]
+      with keras.StatelessScope(state_mapping=mapping, collect_losses=True) as scope:
+        outputs = node.operation(*args, **kwargs)
+      if scope.losses:  # of an activity regularizer
+        node.operation.add_loss(scope.losses)
+    elif fused_bn.applicable(node.operation, args, kwargs):
+      outputs = fused_bn.batch_norm(node.operation, args[0], training)
+    else:
+      outputs = node.operation(*args, **kwargs)
+    for transform in self.transforms_at(node.path, 'output'):
+      outputs = activate(transform, outputs)
+    return outputs
+
+  def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+    loss = super().compute_loss(x, y, y_pred, sample_weight, training)
+    return loss + self.stack.loss(x, y, y_pred) if self.stack and training else loss
+
+  def get_config(self):
+    return {
+      'name': self.name,
+      'source': keras.saving.serialize_keras_object(self.source),
+      'placements': [[path, point, keras.saving.serialize_keras_object(transform)]
+                     for path, point, transform in self.placements],
+    }
+
+  @classmethod
+  def from_config(cls, config, custom_objects=None):
+    load = keras.saving.deserialize_keras_object
+    placements = [Placement(path, point, load(transform, custom_objects=custom_objects))
+                  for path, point, transform in config['placements']]
+    return cls(load(config['source'], custom_objects=custom_objects), placements, name=config['name'])
+
+
+def instrument(model, placements=()):
+  """Returns `model` with transforms in place, sharing its layers and weights.
+
+  Args:
+    model: a built Functional or Sequential model, nested ones included.
+    placements: iterable of `Placement`.
+
+  Raises:
+    UserError: a subclassed or unbuilt model, or a place that does not exist.
+  """
+  placements = list(placements)
+  if len({id(placement.transform) for placement in placements}) < len(placements):
+    raise ValueError('Argument `placements` has one transform at two places; each place needs its own.')
+  return Instrumented(model, placements)
+
+
+def strip(model):
+  """Returns an ordinary model: stock layers, the structure of the source, kernels as deployed.
+
+  Activation transforms are left out, so with quantized activations the outputs differ by them.
+
+  Args:
+    model: an `Instrumented` model. Its weights are copied, not shared.
+  """
+  stripped = keras.models.clone_model(model.source)
+  stripped.set_weights(model.source.get_weights())
+  layers = Graph(stripped).layers
+  for path, point in dict.fromkeys((placement.path, placement.point) for placement in model.placements):
+    if point not in ACTIVATION_POINTS:
+      getattr(layers[path], point).assign(model.baked(path, point))
+  return stripped

@@ -1,0 +1,217 @@
+"""Uniform quantizers of weights and activations, and the arithmetic they stand on.
+
+Weights: symmetric, narrow range (Jacob et al. 2018, arXiv:1712.05877, section 3.1). Activations:
+affine with an integer zero point, ranges as running averages (section 3).
+"""
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from pocketsize import ste
+from pocketsize.transform import Grid, Transform
+
+BITS = range(1, 17)
+# Up to this many bits a kernel's range is searched for the least squared error: with few levels, cutting
+# the tails costs less than a coarse step. Above it the range is the largest magnitude.
+SEARCH_BITS = 4
+_SEARCH_SHARES = np.linspace(0.3, 1.0, 29)
+
+
+def highest_code(bits):
+  """Returns the largest code of a symmetric, narrow-range quantizer: 127 for 8 bits; 1 for 1 and 2 bits."""
+  return max(2 ** (bits - 1) - 1, 1)
+
+
+def quantize_symmetric(x, scale, bits):
+  """Returns x on the grid: round(clip(x / scale, -h, h)) * scale with h = 2^(bits-1) - 1.
+
+  One bit is the sign: +scale for x >= 0, -scale below (Rastegari et al. 2016). A scale of 0 gives 0.
+
+  Args:
+    x: float tensor or array.
+    scale: broadcasts against x, not negative.
+    bits: 1 to 16.
+  """
+  if bits == 1:
+    return tf.where(x >= 0, scale, -scale) * tf.ones_like(x)
+  high = highest_code(bits)
+  return tf.clip_by_value(tf.round(tf.math.divide_no_nan(x, scale)), -high, high) * scale
+
+
+def weight_scale(groups, bits):
+  """Returns the scale of each group of weights.
+
+  One bit: the mean magnitude, which minimizes the squared error (Rastegari et al. 2016, equation 6).
+  Up to 4 bits: the range, 0.3 to 1.0 of the largest magnitude, with the least squared error.
+  More: the largest magnitude over the highest code.
+
+  Args:
+    groups: [groups, weights] float array.
+
+  Returns:
+    [groups] float32 array.
+  """
+  groups = np.asarray(groups, np.float64)
+  magnitude = np.abs(groups)
+  if bits == 1:
+    return magnitude.mean(axis=1).astype(np.float32)
+  high = highest_code(bits)
+  full = magnitude.max(axis=1) / high
+  if bits > SEARCH_BITS:
+    return full.astype(np.float32)
+  best, least = full, np.full(len(full), np.inf)
+  for share in _SEARCH_SHARES:
+    scale = full * share
+    divisor = np.where(scale > 0, scale, 1.0)[:, None]
+    error = ((np.minimum(np.round(magnitude / divisor), high) * scale[:, None] - magnitude) ** 2).sum(axis=1)
+    better = error < least
+    best, least = np.where(better, scale, best), np.minimum(error, least)
+  return best.astype(np.float32)
+
+
+def nudged_range(low, high, bits):
+  """Returns (low, high) moved so that real zero is an integer code, as TensorFlow's fake quantizer does.
+
+  Args:
+    low, high: floats, low <= 0 <= high, low < high.
+    bits: 1 to 16.
+  """
+  levels = 2 ** bits - 1
+  low, high = np.float32(low), np.float32(high)
+  if bits == 1:
+    return (0.0, float(high)) if high >= -low else (float(low), 0.0)
+  scale = (high - low) / np.float32(levels)
+  zero_point = np.clip(np.floor(np.float64(-low / scale) + 0.5), 0, levels).astype(np.float32)
+  return float(-zero_point * scale), float((np.float32(levels) - zero_point) * scale)
+
+
+def quantize_affine(x, low, high, bits):
+  """Returns x on the 2^bits levels between nudged low and high; gradient 1 inside the range, 0 outside."""
+  if bits > 1:
+    return tf.quantization.fake_quant_with_min_max_vars(x, low, high, num_bits=bits)
+  step = tf.where(high >= -low, high, low)
+  clipped = tf.clip_by_value(x, tf.minimum(step, 0.0), tf.maximum(step, 0.0))
+  return ste.replace(clipped, tf.round(tf.math.divide_no_nan(clipped, step)) * step)
+
+
+@keras.saving.register_keras_serializable(package='pocketsize')
+class WeightQuantizer(Transform):
+  """Symmetric quantizer of a kernel; straight-through gradient.
+
+  The scale is a weight, set from the kernel by `fit` (see `weight_scale`): between two fits the grid
+  stands still and a training step pays for one rounding only.
+
+  Args:
+    bits: 1 to 16.
+    granularity: 'tensor', 'channel' or 'bucket'.
+    channel_axes: axes of the kernel that count the output channels, for 'channel'.
+    bucket_size: weights that share a scale, for 'bucket': contiguous runs of the flattened kernel.
+  """
+
+  order = 20
+
+  def __init__(self, bits=8, granularity='channel', channel_axes=(-1,), bucket_size=256, **kwargs):
+    super().__init__(**kwargs)
+    self.bits = bits
+    self.granularity = granularity
+    self.channel_axes = tuple(channel_axes)
+    self.bucket_size = bucket_size
+
+  def build(self, shape):
+    if self.granularity == 'bucket':
+      scales = (-(-int(np.prod(shape)) // self.bucket_size), 1)
+    else:
+      kept = {axis % len(shape) for axis in self.channel_axes} if self.granularity == 'channel' else set()
+      scales = tuple(size if axis in kept else 1 for axis, size in enumerate(shape))
+    self.scale = self.add_weight(name='scale', shape=scales, initializer='zeros', trainable=False)
+    self.built = True
+
+  def fit(self, kernel):
+    """Sets the scale from `kernel`, an array of the kernel's shape."""
+    kernel = np.asarray(kernel)
+    if self.granularity == 'bucket':
+      flat = kernel.ravel()
+      whole = flat.size // self.bucket_size * self.bucket_size
+      scales = weight_scale(flat[:whole].reshape(-1, self.bucket_size), self.bits)
+      if whole < flat.size:
+        scales = np.append(scales, weight_scale(flat[None, whole:], self.bits))
+    else:
+      kept = [axis for axis, size in enumerate(self.scale.shape) if size > 1]
+      groups = np.moveaxis(kernel, kept, range(len(kept))).reshape(int(np.prod(self.scale.shape)), -1)
+      scales = weight_scale(groups, self.bits)
+    self.scale.assign(scales.reshape(self.scale.shape))
+
+  def call(self, kernel, training=None):
+    if self.granularity != 'bucket':
+      return ste.replace(kernel, quantize_symmetric(kernel, self.scale, self.bits))
+    size = int(np.prod(kernel.shape))
+    padded = tf.pad(tf.reshape(kernel, [-1]), [[0, self.scale.shape[0] * self.bucket_size - size]])
+    buckets = tf.reshape(padded, [-1, self.bucket_size])
+    values = tf.reshape(quantize_symmetric(buckets, self.scale, self.bits), [-1])[:size]
+    return ste.replace(kernel, tf.reshape(values, kernel.shape))
+
+  def grid(self, kernel):
+    if self.granularity == 'bucket':
+      return None
+    return Grid(keras.ops.convert_to_numpy(self.scale), self.bits)
+
+  def get_config(self):
+    return {**super().get_config(), 'bits': self.bits, 'granularity': self.granularity,
+            'channel_axes': self.channel_axes, 'bucket_size': self.bucket_size}
+
+
+@keras.saving.register_keras_serializable(package='pocketsize')
+class ActivationQuantizer(Transform):
+  """Affine quantizer of an activation over a running average of its range.
+
+  The first batch that it sees sets the range, later training batches move it by 1 - momentum.
+
+  Args:
+    bits: 1 to 16.
+    momentum: of the running average, in [0, 1).
+    nonnegative: the input is never negative (it comes from a ReLU), so only its maximum is taken.
+  """
+
+  order = 20
+
+  def __init__(self, bits=8, momentum=0.99, nonnegative=False, **kwargs):
+    super().__init__(**kwargs)
+    self.bits = bits
+    self.momentum = momentum
+    self.nonnegative = nonnegative
+
+  def build(self, shape):
+    self.low = self.add_weight(name='low', shape=(), initializer='zeros', trainable=False)
+    self.high = self.add_weight(name='high', shape=(), initializer='zeros', trainable=False)
+    self.built = True
+
+  @property
+  def has_range(self):
+    """Whether it has seen data."""
+    return float(self.high) > float(self.low)
+
+  def range(self):
+    """Returns (low, high), nudged: real zero is an integer code."""
+    return nudged_range(float(self.low), float(self.high), self.bits)
+
+  def observe(self, x):
+    """Moves the range toward that of batch x; returns the range to use for it."""
+    x = tf.stop_gradient(x)
+    unseen = tf.equal(self.low.value, self.high.value)
+    share = tf.where(unseen, 1.0, 1.0 - self.momentum)
+    high = self.high + share * (tf.maximum(tf.reduce_max(x), 0.0) - self.high)
+    self.high.assign(high)
+    if self.nonnegative:
+      return self.low.value, high
+    low = self.low + share * (tf.minimum(tf.reduce_min(x), 0.0) - self.low)
+    self.low.assign(low)
+    return low, high
+
+  def call(self, x, training=None):
+    low, high = self.observe(x) if training else (self.low.value, self.high.value)
+    return quantize_affine(x, low, high, self.bits)
+
+  def get_config(self):
+    return {**super().get_config(), 'bits': self.bits, 'momentum': self.momentum,
+            'nonnegative': self.nonnegative}

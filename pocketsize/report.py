@@ -1,0 +1,138 @@
+"""What a compression did: plan.json, report.json and the table on the screen. The keys are in docs/report.md."""
+
+import importlib.metadata
+import platform
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from pocketsize import cost, targets
+from pocketsize.graph import Graph
+from pocketsize.instrument import strip
+from pocketsize.quantization.placement import MOVING
+from pocketsize.quantization.quantizers import ActivationQuantizer, WeightQuantizer
+
+FLOAT_BITS = 32
+PACKAGES = ('pocketsize', 'tensorflow', 'keras', 'numpy', 'tf2onnx', 'onnx', 'onnxruntime', 'openvino', 'ai-edge-litert')
+
+
+def plan(model, stack):
+  """Returns what `stack` decided for an `Instrumented` model, as JSON values.
+
+  {'placements': [{path, point, transform, config}], 'skipped': {path: reason}}
+  """
+  return {
+    'placements': [{'path': path, 'point': point, 'transform': type(transform).__name__,
+                    'config': transform.get_config()} for path, point, transform in model.placements],
+    'skipped': stack.skipped}
+
+
+def weight_bits(model, path):
+  """Returns the bits of a layer's weights in an `Instrumented` model; 32 for float."""
+  bits = [transform.bits for place, _, transform in model.placements
+          if place == path and isinstance(transform, WeightQuantizer)]
+  return max(bits, default=FLOAT_BITS)
+
+
+def activation_bits(model, path):
+  """Returns the bits of a layer's first input in an `Instrumented` model; 32 for float."""
+  node = next(node for node in model.graph.nodes if node.path == path)
+  while node.inputs:
+    node = model.graph.producer(node.inputs[0])
+    bits = [transform.bits for transform in model.transforms_at(node.path, 'output')
+            if isinstance(transform, ActivationQuantizer)]
+    if bits:
+      return bits[-1]
+    if type(node.operation).__name__ not in MOVING:
+      break
+  return FLOAT_BITS
+
+
+def layers(model, skipped):
+  """Returns report['layers'] of an `Instrumented` model.
+
+  Args:
+    skipped: {path: reason} of the layers that a compressor left alone.
+  """
+  deployed = Graph(strip(model)).layers
+  entries = []
+  for layer in cost.layer_costs(model.graph):
+    points = targets.weight_points(deployed[layer.name])
+    weights = np.concatenate([np.ravel(getattr(deployed[layer.name], point)) for point in points]) if points else None
+    entries.append({
+      'name': layer.name, 'params': layer.params, 'macs': layer.macs,
+      'weight_bits': weight_bits(model, layer.name), 'activation_bits': activation_bits(model, layer.name),
+      'sparsity': round(1.0 - np.count_nonzero(weights) / weights.size, 6) if points else 0.0,
+      'channels_before': layer.channels, 'channels_after': layer.channels,
+      'skipped_because': skipped.get(layer.name)})
+  return entries
+
+
+def mean_weight_bits(model):
+  """Returns the mean bits of all weights that can be compressed, each weight counting once."""
+  sizes = {path: sum(np.prod(getattr(layer, point).shape) for point in targets.weight_points(layer))
+           for path, layer in targets.weighted_layers(model.graph).items()}
+  return float(sum(size * weight_bits(model, path) for path, size in sizes.items()) / max(sum(sizes.values()), 1))
+
+
+def versions():
+  """Returns {package: version} of what computes the numbers, and Python's."""
+  found = {'python': platform.python_version()}
+  for package in PACKAGES:
+    try:
+      found[package] = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+      continue
+  return found
+
+
+def build(model, *, names, float_metrics, metrics, bytes_, files, seconds, command, skipped=None):
+  """Returns the report, as JSON values.
+
+  Args:
+    model: `Instrumented`, trained.
+    names: {'model': ..., 'dataset': ..., 'learner': ...}.
+    float_metrics, metrics: {name: value} of the float model and of `model`.
+    bytes_: (float, compressed) sizes on disk of the two as .keras files.
+    files: entries of `conversion.verify_files`.
+    seconds: {phase: seconds}.
+    command: the command line.
+    skipped: {path: reason}.
+  """
+  stripped = strip(model)
+  return {
+    **names,
+    'float': {'metrics': float_metrics, 'params': model.source.count_params(), 'macs': cost.macs(model.graph),
+              'bytes': bytes_[0]},
+    'compressed': {'metrics': metrics, 'params': stripped.count_params(), 'nonzero_params': cost.nonzero_params(stripped),
+                   'macs': cost.macs(Graph(stripped)), 'mean_weight_bits': round(mean_weight_bits(model), 4),
+                   'bytes': bytes_[1]},
+    'files': files,
+    'layers': layers(model, skipped or {}),
+    'seconds': seconds, 'command': command, 'versions': versions()}
+
+
+def show(report, console=None):
+  """Prints the table of a report: float against compressed against each file."""
+  console = console or Console(width=None if Console().is_terminal else 120)
+  metric = next(iter(report['float']['metrics']))
+  table = Table(title=f'{report["model"]} on {report["dataset"]}, {report["learner"]}')
+  for heading, justify in (('what', 'left'), (metric, 'right'), ('bytes', 'right'), ('params', 'right'), ('MACs', 'right'),
+                           ('ms', 'right'), ('max diff', 'right'), ('int8 / float ops', 'right')):
+    table.add_column(heading, justify=justify, no_wrap=True)
+  for name in ('float', 'compressed'):
+    part = report[name]
+    params = part.get('nonzero_params', part['params'])
+    table.add_row(f'Keras, {name}', f'{part["metrics"][metric]:.4f}', f'{part["bytes"]:,}', f'{params:,}',
+                  f'{part["macs"]:,}', '', '', '')
+  for file in report['files']:
+    table.add_row(file['format'], f'{file["metrics"][metric]:.4f}', f'{file["bytes"]:,}', '', '',
+                  f'{file["latency_ms"]:.3f}', f'{file["max_abs_diff"]:.2g}', f'{file["int8_ops"]} / {file["float_ops"]}')
+  console.print(table)
+  for file in report['files']:
+    if file.get('note'):
+      console.print(f'{file["format"]}: {file["note"]}', style='dim', highlight=False)
+  skipped = [f'{layer["name"]} ({layer["skipped_because"]})' for layer in report['layers'] if layer['skipped_because']]
+  if skipped:
+    console.print('Left alone: ' + ', '.join(skipped), highlight=False)

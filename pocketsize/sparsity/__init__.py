@@ -1,0 +1,1 @@
+"""Unstructured sparsity of weights."""

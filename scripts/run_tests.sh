@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Runs the tests in the same environment as run_local.sh; arguments go to pytest.
+#
+#   scripts/run_tests.sh [tests/test_x.py] [-k WORD] ...
+#
+# Without arguments the whole suite runs, in two processes; tests of one xdist_group share one.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+ensure_venv requirements-dev.txt
+export_run_environment
+cd "$root"
+if (($# == 0)); then
+  set -- -n 2 --dist loadgroup
+fi
+exec "$python" -m pytest -q "$@"

@@ -1,0 +1,126 @@
+"""The step benchmark and the tf_keras twin that it measures against."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+from nets import convnet_at_digits, resnet_at_cifar10
+from tools.benchmark import step_time
+
+ROOT = pathlib.Path(__file__).parents[1]
+needs_references = pytest.mark.skipif(
+  not all(map(importlib.util.find_spec, step_time.REFERENCES)),
+  reason='tf_keras or tensorflow_model_optimization is not installed',
+)
+
+
+def _randomized(module, **options):
+  """A net whose weights are random everywhere, batch norm's positive; outputs are of order one."""
+  model = module.ModelHelper(module.ModelHelper.Config(**options)).build()
+  rng = np.random.default_rng(5)
+  for weight in model.weights:
+    if weight.path.endswith(('kernel', 'bias')):
+      weight.assign(rng.normal(scale=0.1, size=weight.shape))
+    else:
+      weight.assign(rng.uniform(0.5, 1.5, size=weight.shape))
+  return model
+
+
+@needs_references
+@pytest.mark.parametrize(
+  ('module', 'options'),
+  [(convnet_at_digits, {}), (resnet_at_cifar10, {}), (resnet_at_cifar10, {'shortcut': 'pad'})],
+)
+def test_the_twin_computes_the_same(module, options):
+  from tools.benchmark.twin import build_twin
+
+  model = _randomized(module, **options)
+  twin = build_twin(model)
+  x = np.random.default_rng(6).normal(size=(3, *model.input_shape[1:])).astype(np.float32)
+  np.testing.assert_allclose(twin(x), model(x), atol=1e-4, rtol=1e-4)
+  assert np.ptp(model(x), axis=0).min() > 1e-3
+  assert twin.count_params() == model.count_params()
+
+
+@needs_references
+@pytest.mark.parametrize('operation', [keras.layers.Softmax(name='odd'), keras.ops.negative])
+def test_what_has_no_twin_is_refused(operation):
+  from tools.benchmark.twin import build_twin
+
+  inputs = keras.Input((4,))
+  with pytest.raises(ValueError, match='A twin has .* Received: '):
+    build_twin(keras.Model(inputs, operation(inputs)))
+
+
+@needs_references
+@pytest.mark.slow
+def test_step_time_by_its_path(tmp_path):
+  """Padded shortcut: tfmot has to accept the twin's way to add channels."""
+  file = tmp_path / 'steps.json'
+  result = subprocess.run(
+    [
+      sys.executable, 'tools/benchmark/step_time.py', '--rounds=1', '--batch_size=4',
+      '--shortcut=pad', '--variants=float,tfmot-quantize', f'--json={file}',
+    ],
+    cwd=ROOT, env={**os.environ, 'PYTHONPATH': str(ROOT)}, capture_output=True, text=True,
+  )  # fmt: skip
+  assert result.returncode == 0, result.stderr
+  numbers = json.loads(file.read_text())
+  rows = {row['variant']: row for row in numbers['rows']}
+  assert list(rows) == ['float', 'tfmot-quantize']
+  assert rows['float']['to_float'] == 1.0
+  assert rows['tfmot-quantize']['to_float'] > 0
+  assert rows['float']['to_tf_keras'] is None
+  assert all(name in result.stdout for name in rows)
+  assert numbers['batch_size'] == 4
+
+
+def test_updates_count_by_their_share():
+  """100 and 150 ms a step, 350 with an update, every 50 steps: (49 * 1.5 + 3.5) / 50 = 1.54."""
+  rows = step_time.summarize(
+    {'float': [0.1, 0.2, 0.1], 'pruned': [0.15, 0.3, 0.15]},
+    {'float': [0.1, 0.1], 'pruned': [0.35, 0.35]},
+    {'float': None, 'pruned': 50},
+  )
+  pruned = rows[1]
+  assert pruned['median_ms'] == pytest.approx(150)
+  assert pruned['update_ms'] == pytest.approx(200)
+  assert pruned['to_float'] == pytest.approx(1.5)
+  assert pruned['to_float_with_updates'] == pytest.approx(1.54)
+  assert pruned['to_tf_keras'] is None
+  assert rows[0]['to_float_with_updates'] == 1.0
+
+
+def test_masks_are_in_force_and_only_update_steps_are_due():
+  variant = step_time.Variant(lambda number: None, update_every=100)
+  config = step_time.MagnitudeConfig(
+    ratio=step_time.RATIO, end_step=step_time.PRUNING_STEPS, update_every=100
+  )
+  assert config.is_due(variant.number(0, True))
+  assert not any(config.is_due(variant.number(index, False)) for index in range(250))
+  assert config.ratio_at(step_time.FIRST_STEP) == pytest.approx(0.75, abs=1e-5)
+  assert variant.number(98, False) == variant.number(0, False) + 98
+
+
+@pytest.mark.parametrize(
+  ('argument', 'message'),
+  [
+    ('--variants=float,pytorch', "--variants must be among float, .* Received: 'pytorch'"),
+    ('--rounds=0', '--rounds must be .* Received: 0'),
+    ('--round=3', 'Unknown command line flag'),
+  ],
+)
+def test_bad_flags_are_one_sentence_and_exit_code_2(argument, message, capsys):
+  assert step_time.main(['step_time.py', argument]) == 2
+  output = capsys.readouterr()
+  assert output.out == ''
+  assert len(output.err.splitlines()) == 1
+  assert re.search(message, output.err)

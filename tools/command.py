@@ -1,0 +1,62 @@
+"""What the command lines share: user errors, saved models, tables."""
+
+import sys
+
+from absl import app
+from rich.console import Console
+from rich.table import Table
+
+from pocketsize import compressor
+from pocketsize.errors import UserError
+
+USER_ERROR = 2
+
+
+def run(main):
+  """Parses flags and runs `main()`; a mistake of the user becomes one sentence and exit code 2."""
+  def guarded(argv):
+    try:
+      if len(argv) > 1:
+        raise UserError(f'All arguments are flags, --name=value. Received: {argv[1]!r}.')
+      main()
+    except UserError as error:
+      print(error, file=sys.stderr)
+      sys.exit(USER_ERROR)
+
+  app.run(guarded, flags_parser=_parse)
+
+
+def _parse(argv):
+  # absl itself leaves with code 1 and prints its help.
+  from absl import flags
+  try:
+    return flags.FLAGS(argv)
+  except flags.Error as error:
+    print(str(error).splitlines()[-1].removeprefix('flags.'), file=sys.stderr)
+    sys.exit(USER_ERROR)
+
+
+def load_model(path):
+  """Returns the Keras model saved at `path`, with or without quantizers.
+
+  Raises:
+    UserError: there is none, or it is broken.
+  """
+  import keras
+  # Finds the classes that a saved model may hold.
+  compressor.discover()
+  try:
+    return keras.models.load_model(path, compile=False)
+  except (OSError, ValueError, TypeError, KeyError) as error:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    raise UserError(f'Model {path!r} cannot be loaded: {lines[0][:300]}') from error
+
+
+def print_table(headings, rows):
+  """Prints a table; the first column is text, the others are numbers."""
+  table = Table()
+  for index, heading in enumerate(headings):
+    table.add_column(heading, justify='right' if index else 'left', no_wrap=True)
+  for row in rows:
+    table.add_row(*row)
+  Console(width=None if sys.stdout.isatty() else 160).print(table)

@@ -1,0 +1,1 @@
+"""Exporting saved models and checking exported files."""

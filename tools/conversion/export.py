@@ -1,0 +1,33 @@
+"""Exports a saved model: python -m tools.conversion.export --model=final.keras --output_dir=exports."""
+
+import pathlib
+
+from absl import flags
+
+from pocketsize import conversion
+from tools import command
+
+_MODEL = flags.DEFINE_string('model', None, 'saved Keras model: quantized.keras, final.keras or any other .keras file')
+_OUTPUT = flags.DEFINE_string('output_dir', None, 'folder of the exported files')
+_FORMATS = flags.DEFINE_list(
+  'formats', None, f'comma-separated, out of {", ".join(conversion.FORMATS)}; default: all that the model has')
+_NAME = flags.DEFINE_string('name', None, "what the files' names begin with; default: the name of --model")
+
+
+def main():
+  model = command.load_model(_MODEL.value)
+  name = _NAME.value or pathlib.Path(_MODEL.value).stem
+  files = conversion.export(model, _OUTPUT.value, _FORMATS.value, name)
+  rows = []
+  for file in files:
+    operations = ' / '.join(map(str, conversion.count_ops(file.path)))
+    rows.append((file.format, str(file.path), f'{conversion.size(file.path):,}', operations))
+  command.print_table(('format', 'path', 'bytes', 'int8 / float ops'), rows)
+  for file in files:
+    if file.note:
+      print(f'{file.format}: {file.note}')
+
+
+if __name__ == '__main__':
+  flags.mark_flags_as_required(['model', 'output_dir'])
+  command.run(main)
