@@ -15,7 +15,8 @@ KEPT = 2
 class Checkpoints:
   """The checkpoints of one phase, `<folder>/<phase>-<step>.npz`; the newest two are kept.
 
-  A file holds the model's variables, the optimizer's and, in its name, the number of steps done. All
+  A file holds the model's variables, the optimizer's and, in its name, the number of steps done.
+  All
   else that a run depends on is a pure function of the step.
 
   Args:
@@ -29,7 +30,9 @@ class Checkpoints:
 
   def _steps(self):
     names = (path.name for path in self.folder.glob(f'{self.phase}-*.npz'))
-    return sorted(int(match[1]) for match in map(re.compile(r'.*-(\d+)\.npz').fullmatch, names) if match)
+    return sorted(
+      int(match[1]) for match in map(re.compile(r'.*-(\d+)\.npz').fullmatch, names) if match
+    )
 
   def path(self, step):
     """Returns the file for `step` finished steps."""
@@ -42,9 +45,12 @@ class Checkpoints:
     return self.path(steps[-1]) if steps else None
 
   def save(self, step, variables):
-    """Writes the values of `variables` (a list) as the checkpoint of `step`, and removes the oldest."""
+    """Writes `variables` (a list) as the checkpoint of `step`, and removes the oldest."""
     with atomic_path(self.path(step)) as temporary:
-      np.savez(temporary, **{f'{index:05d}': np.asarray(variable) for index, variable in enumerate(variables)})
+      np.savez(
+        temporary,
+        **{f'{index:05d}': np.asarray(variable) for index, variable in enumerate(variables)},
+      )
     for old in self._steps()[:-KEPT]:
       self.path(old).unlink(missing_ok=True)
 
@@ -62,9 +68,13 @@ class Checkpoints:
       with np.load(path, allow_pickle=False) as archive:
         arrays = [archive[name] for name in sorted(archive.files)]
     except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-      raise UserError(f'Checkpoint {path} cannot be read ({error}). Remove it to go on from the one before.') from error
+      raise UserError(
+        f'Checkpoint {path} cannot be read ({error}). Remove it to go on from the one before.'
+      ) from error
     if [array.shape for array in arrays] != [tuple(variable.shape) for variable in variables]:
-      raise UserError(f'Checkpoint {path} belongs to another model. Use another --work_dir, or remove the folder.')
+      raise UserError(
+        f'Checkpoint {path} belongs to another model. Use another --work_dir, or remove the folder.'
+      )
     for variable, array in zip(variables, arrays, strict=True):
       variable.assign(array)
     return step

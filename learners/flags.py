@@ -9,7 +9,12 @@ from absl import flags
 from pocketsize.errors import UserError
 from pocketsize.options import legal_values
 
-_DEFINE = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
+_DEFINE = {
+  bool: flags.DEFINE_bool,
+  int: flags.DEFINE_integer,
+  float: flags.DEFINE_float,
+  str: flags.DEFINE_string,
+}
 
 
 def parse(argv, config_types):
@@ -24,9 +29,9 @@ def parse(argv, config_types):
     SystemExit: after `--help`, with code 0.
   """
   values = flags.FlagValues()
-  for heading, config_type in config_types.items():
+  for config_type in config_types.values():
     for field in dataclasses.fields(config_type):
-      _define(values, heading, config_type, field)
+      _define(values, config_type, field)
   flags.DEFINE_bool('help', False, 'show the flags', short_name='h', flag_values=values)
   try:
     rest = values(list(argv))
@@ -35,36 +40,49 @@ def parse(argv, config_types):
   except OSError as error:
     raise UserError(f'--flagfile names a file that cannot be read: {error}.') from error
   if values.help:
-    print(_usage(argv[0], values))
+    print(_usage(argv[0], config_types, values))
     raise SystemExit(0)
   if rest[1:]:
-    raise UserError(f'Every argument must be a flag such as --learner=uniform. Received: {" ".join(rest[1:])!r}.')
+    raise UserError(
+      f'Every argument must be a flag such as --learner=uniform. Received: {" ".join(rest[1:])!r}.'
+    )
   return values
 
 
 def make(values, config_type):
-  """Returns a `config_type` filled from `values`; it raises a UserError for what is out of range."""
-  return config_type(**{field.name: values[field.name].value for field in dataclasses.fields(config_type)})
+  """Returns a `config_type` filled from `values`; UserError for what is out of range."""
+  return config_type(
+    **{field.name: values[field.name].value for field in dataclasses.fields(config_type)}
+  )
 
 
 def refuse(values, config_type, owner, received):
-  """Raises a UserError if the command line sets a flag of `config_type`, which belongs to `owner`."""
+  """Raises a UserError if the command line sets a flag of `config_type`; `owner` has it."""
   for field in dataclasses.fields(config_type):
     if values[field.name].present:
       raise UserError(f'--{field.name} belongs to {owner}. Received: it, and {received}.')
 
 
-def _define(values, heading, config_type, field):
+def _define(values, config_type, field):
   hint = typing.get_type_hints(config_type)[field.name]
   if isinstance(hint, types.UnionType):
     hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
   flag_help = f'{field.metadata["help"]}; {legal_values(config_type, field.name)}'
   _DEFINE[hint](field.name, field.default, flag_help, flag_values=values)
-  values.register_flag_by_module(heading, values[field.name])
 
 
-def _usage(program, values):
-  lines = [f'Usage: {program} [flags]', '', '--flagfile=FILE reads flags from a file, one a line.', '']
-  for heading, group in values.flags_by_module_dict().items():
-    lines += [f'{heading}:', *(f'  --{flag.name}: {flag.help} (default: {flag.value})' for flag in group), '']
+def _usage(program, config_types, values):
+  lines = [
+    f'Usage: {program} [flags]',
+    '',
+    '--flagfile=FILE reads flags from a file, one a line.',
+    '',
+  ]
+  for heading, config_type in config_types.items():
+    group = [values[field.name] for field in dataclasses.fields(config_type)]
+    lines += [
+      f'{heading}:',
+      *(f'  --{flag.name}: {flag.help} (default: {flag.default})' for flag in group),
+      '',
+    ]
   return '\n'.join(lines)

@@ -29,7 +29,9 @@ class FullPrecision(Learner):
     if not self.run.enbl_dst:
       return []
     if not self.run.save_path_dst or self.run.pretrained:
-      raise UserError('--learner=full-prec with --enbl_dst trains a model from scratch with a teacher: it needs '
-                      '--save_path_dst=FILE and no --pretrained. '
-                      f'Received: --save_path_dst={self.run.save_path_dst}, --pretrained={self.run.pretrained}.')
+      raise UserError(
+        '--learner=full-prec with --enbl_dst trains a model from scratch with a teacher: it needs '
+        '--save_path_dst=FILE and no --pretrained. '
+        f'Received: --save_path_dst={self.run.save_path_dst}, --pretrained={self.run.pretrained}.'
+      )
     return [self.distillation(None)]

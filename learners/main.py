@@ -1,4 +1,4 @@
-"""The entry of every run script: flags, configuration, learner; an error of the user ends with exit code 2."""
+"""The entry of every run script: flags, learner; a mistake of the user ends with exit code 2."""
 
 import difflib
 import errno
@@ -12,26 +12,30 @@ import tensorflow as tf
 
 import learners
 from learners import flags, runtime
-from learners.learner import Learner, RunConfig
+from learners.config import RunConfig
+from learners.learner import Learner
 from learners.training import Stopped
 from pocketsize.errors import UserError
 
+WORKER_LOST = 1
 USER_ERROR = 2
 
 
 def discover():
-  """Returns {--learner value: Learner class} of every learner in the package, found by walking it."""
+  """Returns {--learner value: class} of every learner, found by walking the package."""
   for module in pkgutil.iter_modules(learners.__path__, 'learners.'):
     importlib.import_module(module.name)
   return {cls.name: cls for cls in sorted(Learner.__subclasses__(), key=lambda cls: cls.name)}
 
 
 def find(name):
-  """Returns the learner class for a --learner value, or raises a UserError with the nearest name."""
+  """Returns the class for a --learner value; UserError with the nearest name."""
   found = discover()
   if name not in found:
     near = difflib.get_close_matches(name, found, n=1, cutoff=0.0)
-    raise UserError(f'--learner must be one of {", ".join(found)}. Received: {name!r}; did you mean {near[0]!r}?')
+    raise UserError(
+      f'--learner must be one of {", ".join(found)}. Received: {name!r}; did you mean {near[0]!r}?'
+    )
   return found[name]
 
 
@@ -46,9 +50,14 @@ def make_learner(helper_class, argv):
     UserError: see `flags.parse`, and what the learner finds wrong.
   """
   found = discover()
-  values = flags.parse(argv, {
-    'run': RunConfig, f'net {helper_class.name}': helper_class.Config,
-    **{f'learner {name}': cls.Config for name, cls in found.items()}})
+  values = flags.parse(
+    argv,
+    {
+      'run': RunConfig,
+      f'net {helper_class.name}': helper_class.Config,
+      **{f'learner {name}': cls.Config for name, cls in found.items()},
+    },
+  )
   run = flags.make(values, RunConfig)
   learner_class = find(run.learner)
   for name, other in found.items():
@@ -64,14 +73,15 @@ def make_learner(helper_class, argv):
 def run(helper_class):
   """Runs the learner that the command line asks for and ends the process.
 
-  Exit codes: 0 done; 2 a mistake of the user, in one sentence; 128 + n stopped by signal n.
+  Exit codes: 0 done; 1 another worker failed; 2 a mistake of the user, in one sentence; 128 + n
+  stopped by signal n.
   """
   sys.exit(run_with(helper_class, sys.argv))
 
 
 def run_with(helper_class, argv):
   """Runs the learner for `argv` and returns the exit code."""
-  debug = '--debug' in argv
+  debug = bool({'--debug', '--debug=true'} & set(argv))
   try:
     make_learner(helper_class, argv).execute()
   except UserError as error:
@@ -85,7 +95,15 @@ def run_with(helper_class, argv):
   except OSError as error:
     if error.errno not in (errno.ENOSPC, errno.EDQUOT) and 'No space left' not in str(error):
       raise
-    return _complain(f'The disk is full: {error}. Make room and start the same command again.', USER_ERROR)
+    return _complain(
+      f'The disk is full: {error}. Make room and start the same command again.', USER_ERROR
+    )
+  except (RuntimeError, tf.errors.OpError) as error:
+    if not runtime.is_worker_lost(error):
+      raise
+    return _complain(
+      'another worker failed; the same command goes on from the last checkpoint', WORKER_LOST
+    )
   return 0
 
 

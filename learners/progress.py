@@ -28,8 +28,12 @@ class ProgressReport:
     self._began = time.monotonic()
     if not self.quiet and sys.stdout.isatty():
       self._bar = progress.Progress(
-        progress.TextColumn('{task.description}'), progress.BarColumn(), progress.MofNCompleteColumn(),
-        progress.TimeRemainingColumn(), progress.TextColumn('{task.fields[facts]}'))
+        progress.TextColumn('{task.description}'),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeRemainingColumn(),
+        progress.TextColumn('{task.fields[facts]}'),
+      )
       self._task = self._bar.add_task(self.title, total=self.total, completed=self.start, facts='')
       self._bar.start()
     return self

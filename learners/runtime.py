@@ -19,6 +19,7 @@ from pocketsize.errors import UserError
 
 class Runtime:
   """One process. Every operation is what several workers do, for one."""
+
   rank = 0
   size = 1
 
@@ -94,7 +95,7 @@ class HorovodRuntime(Runtime):
       grads = list(grads)
       for i, mean in zip(present, means, strict=False):
         grads[i] = mean
-      for variable, mean in zip(state, means[len(present):], strict=True):
+      for variable, mean in zip(state, means[len(present) :], strict=True):
         variable.assign(mean)
       return apply_local(grads, trainable_variables)
 
@@ -108,7 +109,8 @@ class HorovodRuntime(Runtime):
     for dtype in sorted({tensor.dtype.name for tensor in tensors}):
       chosen = [i for i, tensor in enumerate(tensors) if tensor.dtype == dtype]
       reduced = self._horovod.grouped_allreduce(
-        [tensors[i] for i in chosen], op=self._horovod.Average, name=f'mean_{dtype}')
+        [tensors[i] for i in chosen], op=self._horovod.Average, name=f'mean_{dtype}'
+      )
       for i, mean in zip(chosen, reduced, strict=True):
         means[i] = mean
     return means
@@ -135,9 +137,11 @@ def create(enbl_multi_gpu):
   try:
     import horovod.tensorflow as horovod
   except (ImportError, tf.errors.NotFoundError) as error:
-    raise UserError('Several workers (--enbl_multi_gpu) need Horovod built for this TensorFlow; '
-                    'install it with scripts/install_horovod.sh. '
-                    f'Received: {str(error).splitlines()[0]}') from error
+    raise UserError(
+      'Several workers (--enbl_multi_gpu) need Horovod built for this TensorFlow; '
+      'install it with scripts/install_horovod.sh. '
+      f'Received: {str(error).splitlines()[0]}'
+    ) from error
   horovod.init()
   if horovod.size() == 1:
     return Runtime()
@@ -150,8 +154,10 @@ def _take_one_gpu(local_rank):
   if not gpus:
     return
   if local_rank >= len(gpus):
-    raise UserError('Every worker needs a GPU of its own; start at most as many workers as the '
-                    f'host has GPUs. Received: worker {local_rank + 1}, GPUs: {len(gpus)}.')
+    raise UserError(
+      'Every worker needs a GPU of its own; start at most as many workers as the '
+      f'host has GPUs. Received: worker {local_rank + 1}, GPUs: {len(gpus)}.'
+    )
   tf.config.set_visible_devices(gpus[local_rank], 'GPU')
   tf.config.experimental.set_memory_growth(gpus[local_rank], True)
 
@@ -159,4 +165,5 @@ def _take_one_gpu(local_rank):
 def is_worker_lost(error):
   """Returns whether an exception says that another worker failed, rather than this one."""
   return isinstance(error, tf.errors.OpError | RuntimeError) and (
-    'Horovod has been shut down' in str(error) or 'gloo' in str(error).lower())
+    'Horovod has been shut down' in str(error) or 'gloo' in str(error).lower()
+  )

@@ -1,6 +1,7 @@
 """The only training loop: Keras' `fit` over steps, with what a run needs around it.
 
-All that depends on the step is a pure function of it, and a checkpoint holds the rest, so a run that
+All that depends on the step is a pure function of it, and a checkpoint holds the rest, so a run
+that
 goes on from a checkpoint ends with the same weights, bit for bit, as one that never stopped.
 """
 
@@ -9,7 +10,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import keras
@@ -29,8 +30,11 @@ class Stopped(Exception):
   """
 
   def __init__(self, signal_number, step):
-    super().__init__(f'stopped by {signal.Signals(signal_number).name} after step {step}; the state is saved, and the '
-                     'same command goes on from there')
+    super().__init__(
+      f'stopped by {signal.Signals(signal_number).name} after step {step}; the state is saved, '
+      'and the '
+      'same command goes on from there'
+    )
     self.signal_number = signal_number
     self.step = step
 
@@ -60,7 +64,8 @@ def train(model, batches, loss, schedule, *, checkpoints, runtime, log_dir):
   """Trains an `Instrumented` model from its newest checkpoint, or from its weights as they are.
 
   Args:
-    model: `Instrumented`; its `stack`, if it has one, is updated before every step and adds its loss.
+    model: `Instrumented`; its `stack`, if it has one, is updated before every step and adds its
+      loss.
     batches: `batches(start)` gives an endless tf.data.Dataset of (x, y) from step `start` on.
     loss: `loss(y, outputs)`, a scalar.
     schedule: `Schedule`.
@@ -75,7 +80,9 @@ def train(model, batches, loss, schedule, *, checkpoints, runtime, log_dir):
   decayed = _decayed(model)
 
   def total_loss(y, outputs):
-    return loss(y, outputs) + schedule.weight_decay * tf.add_n([tf.nn.l2_loss(weight.value) for weight in decayed])
+    return loss(y, outputs) + schedule.weight_decay * tf.add_n(
+      [tf.nn.l2_loss(weight.value) for weight in decayed]
+    )
 
   optimizer = keras.optimizers.SGD(schedule.learning_rate(0), momentum=schedule.momentum)
   optimizer.build(model.trainable_variables)
@@ -88,16 +95,29 @@ def train(model, batches, loss, schedule, *, checkpoints, runtime, log_dir):
   runtime.broadcast_variables(variables)
   if start >= schedule.steps:
     return
-  with ProgressReport(schedule.title, schedule.steps, start, quiet=not runtime.is_chief) as progress, _signals() as caught:
+  with (
+    ProgressReport(schedule.title, schedule.steps, start, quiet=not runtime.is_chief) as progress,
+    _signals() as caught,
+  ):
     loop = _Loop(start, schedule, checkpoints, variables, runtime, caught, progress, log_dir)
-    model.fit(batches(start), epochs=1, steps_per_epoch=schedule.steps - start, verbose=0, shuffle=False,
-              callbacks=[CompressionCallback(model.stack or Stack(), start), loop])
+    model.fit(
+      batches(start),
+      epochs=1,
+      steps_per_epoch=schedule.steps - start,
+      verbose=0,
+      shuffle=False,
+      callbacks=[CompressionCallback(model.stack or Stack(), start), loop],
+    )
 
 
 def _decayed(model):
   """Returns the trainable weights of the source model that are not a batch norm's."""
-  return [weight for layer in model.graph.layers.values() if not isinstance(layer, keras.layers.BatchNormalization)
-          for weight in layer.trainable_weights]
+  return [
+    weight
+    for layer in model.graph.layers.values()
+    if not isinstance(layer, keras.layers.BatchNormalization)
+    for weight in layer.trainable_weights
+  ]
 
 
 @contextlib.contextmanager
@@ -107,8 +127,10 @@ def _signals():
   if threading.current_thread() is not threading.main_thread():
     yield caught
     return
-  handlers = {number: signal.signal(number, lambda number, frame: caught.append(number))
-              for number in (signal.SIGINT, signal.SIGTERM)}
+  handlers = {
+    number: signal.signal(number, lambda number, frame: caught.append(number))
+    for number in (signal.SIGINT, signal.SIGTERM)
+  }
   try:
     yield caught
   finally:
@@ -117,7 +139,7 @@ def _signals():
 
 
 class _Loop(keras.callbacks.Callback):
-  """What happens around each optimizer step: learning rate, checks, reports, checkpoints, signals."""
+  """What happens around each step: learning rate, checks, reports, checkpoints, signals."""
 
   def __init__(self, start, schedule, checkpoints, variables, runtime, caught, progress, log_dir):
     super().__init__()
@@ -146,15 +168,21 @@ class _Loop(keras.callbacks.Callback):
     if stop or self.step % self.schedule.save_step == 0 or self.step == self.schedule.steps:
       self._save()
     if stop and self.step < self.schedule.steps:
-      raise Stopped(self.runtime.broadcast(self.caught[0] if self.caught else signal.SIGTERM), self.step)
+      raise Stopped(
+        self.runtime.broadcast(self.caught[0] if self.caught else signal.SIGTERM), self.step
+      )
 
   def _summarize(self, loss):
     """Reports the mean loss since the last report, and starts a new mean."""
     before, then = self.mark
     self.mark = (self.step, time.monotonic())
     speed = (self.step - before) / max(self.mark[1] - then, 1e-9)
-    facts = {'loss': loss, 'lr': float(self.model.optimizer.learning_rate), 'steps_per_second': speed,
-             **(self.model.stack.statistics() if self.model.stack else {})}
+    facts = {
+      'loss': loss,
+      'lr': float(self.model.optimizer.learning_rate),
+      'steps_per_second': speed,
+      **(self.model.stack.statistics() if self.model.stack else {}),
+    }
     self.model.reset_metrics()
     if self.writer:
       self.progress.say(self.step, {name: f'{value:.4g}' for name, value in facts.items()})
@@ -168,9 +196,13 @@ class _Loop(keras.callbacks.Callback):
       self._diverged('A weight became infinite or not a number')
     if self.runtime.is_chief:
       self.checkpoints.save(self.step, self.variables_)
+    # A worker that leaves early would end the one that still writes.
+    self.runtime.barrier()
 
   def _diverged(self, what):
     kept = self.checkpoints.latest
-    raise UserError(f'{what} at step {self.step} of {self.schedule.steps}. '
-                    f'{f"The last good checkpoint is {kept}" if kept else "No checkpoint was written before"}. '
-                    'A lower learning rate (--lrn_rate_init, --lrn_rate_ft) usually helps.')
+    raise UserError(
+      f'{what} at step {self.step} of {self.schedule.steps}. '
+      f'{f"The last good checkpoint is {kept}" if kept else "No checkpoint was written before"}. '
+      'A lower learning rate (--lrn_rate_init, --lrn_rate_ft) usually helps.'
+    )

@@ -19,30 +19,51 @@ class UniformLearner(Learner):
   class Config:
     """Flags of the learner."""
 
-    uql_weight_bits: int = option(4, 'bits of the weights; 32 for float', choices=(*BITS, FLOAT_BITS))
-    uql_activation_bits: int = option(32, 'bits of the activations; 32 for float', choices=(*BITS, FLOAT_BITS))
+    uql_weight_bits: int = option(
+      4, 'bits of the weights; 32 for float', choices=(*BITS, FLOAT_BITS)
+    )
+    uql_activation_bits: int = option(
+      32, 'bits of the activations; 32 for float', choices=(*BITS, FLOAT_BITS)
+    )
     uql_weight_bits_list: str | None = option(
-      None, 'bits of each layer with weights, comma-separated, in order; overrides uql_weight_bits')
-    uql_use_buckets: bool = option(False, 'one scale for each bucket of weights instead of one for each layer')
-    uql_bucket_type: str = option('channel', 'a bucket is an output channel, or a run of weights',
-                                  choices=('channel', 'split'))
+      None, 'bits of each layer with weights, comma-separated, in order; overrides uql_weight_bits'
+    )
+    uql_use_buckets: bool = option(
+      False, 'one scale for each bucket of weights instead of one for each layer'
+    )
+    uql_bucket_type: str = option(
+      'channel', 'a bucket is an output channel, or a run of weights', choices=('channel', 'split')
+    )
     uql_bucket_size: int = option(256, 'weights in a bucket of type split', lower=1)
     uql_quant_epochs: int = option(60, 'epochs of training with quantization', lower=1)
     uql_quantize_all_layers: bool = option(
-      False, f'first and last layer like the others; if not, they have at least {END_BITS} bits')
+      False, f'first and last layer like the others; if not, they have at least {END_BITS} bits'
+    )
 
     def __post_init__(self):
       check_options(self)
-      if self.uql_bucket_size != 256 and not (self.uql_use_buckets and self.uql_bucket_type == 'split'):
-        raise UserError('--uql_bucket_size has no effect without --uql_use_buckets and --uql_bucket_type=split. '
-                        f'Received: --uql_bucket_size={self.uql_bucket_size}.')
+      if self.uql_bucket_size != 256 and not (
+        self.uql_use_buckets and self.uql_bucket_type == 'split'
+      ):
+        raise UserError(
+          '--uql_bucket_size has no effect without --uql_use_buckets and --uql_bucket_type=split. '
+          f'Received: --uql_bucket_size={self.uql_bucket_size}.'
+        )
 
     def quantization(self):
       """Returns the `UniformConfig` of a layer."""
-      granularity = {'channel': 'channel', 'split': 'bucket'}[self.uql_bucket_type] if self.uql_use_buckets else 'tensor'
+      granularity = (
+        {'channel': 'channel', 'split': 'bucket'}[self.uql_bucket_type]
+        if self.uql_use_buckets
+        else 'tensor'
+      )
       return UniformConfig(
-        weight_bits=self.uql_weight_bits, activation_bits=self.uql_activation_bits, granularity=granularity,
-        bucket_size=self.uql_bucket_size, end_bits=0 if self.uql_quantize_all_layers else END_BITS)
+        weight_bits=self.uql_weight_bits,
+        activation_bits=self.uql_activation_bits,
+        granularity=granularity,
+        bucket_size=self.uql_bucket_size,
+        end_bits=0 if self.uql_quantize_all_layers else END_BITS,
+      )
 
   def epochs(self):
     return self.config.uql_quant_epochs
@@ -52,8 +73,10 @@ class UniformLearner(Learner):
     rules = [targets.Rule(default)]
     if self.config.uql_weight_bits_list is not None:
       paths = list(targets.weighted_layers(graph))
-      rules += [targets.Rule(dataclasses.replace(default, weight_bits=bits, end_bits=0), op_names=(path,))
-                for path, bits in zip(paths, _bits(self.config.uql_weight_bits_list, paths), strict=True)]
+      rules += [
+        targets.Rule(dataclasses.replace(default, weight_bits=bits, end_bits=0), op_names=(path,))
+        for path, bits in zip(paths, _bits(self.config.uql_weight_bits_list, paths), strict=True)
+      ]
     return [Uniform(rules)]
 
 
@@ -62,8 +85,12 @@ def _bits(text, paths):
   try:
     bits = [int(word) for word in text.split(',')]
   except ValueError as error:
-    raise UserError(f'--uql_weight_bits_list must be integers, comma-separated. Received: {text!r}.') from error
+    raise UserError(
+      f'--uql_weight_bits_list must be integers, comma-separated. Received: {text!r}.'
+    ) from error
   if len(bits) != len(paths):
-    raise UserError(f'--uql_weight_bits_list must have one number for each of the {len(paths)} layers '
-                    f'{", ".join(paths)}. Received: {len(bits)} numbers.')
+    raise UserError(
+      f'--uql_weight_bits_list must have one number for each of the {len(paths)} layers '
+      f'{", ".join(paths)}. Received: {len(bits)} numbers.'
+    )
   return bits

@@ -9,7 +9,12 @@ from pocketsize.errors import UserError
 from pocketsize.files import write_json
 
 # They say how a run is watched or where its inputs lie, not what it computes.
-FREE = frozenset({'exec_mode', 'work_dir', 'summ_step', 'save_step', 'export_formats', 'debug', 'data_dir_local'})
+FREE = frozenset(
+  {'exec_mode', 'work_dir', 'summ_step', 'save_step', 'export_formats', 'debug', 'data_dir_local'}
+)
+
+# Once one of them is there, the folder belongs to its configuration.
+RESULTS = ('checkpoints', 'float.keras', 'final.keras', 'report.json')
 
 
 class WorkFolder:
@@ -17,30 +22,41 @@ class WorkFolder:
 
   Args:
     path: made if it is missing.
-    config: {name: value} of the run, compared with the folder's `config.json`.
+    config: {name: value} of the run, compared with the folder's `config.json` once there are results.
+    read_only: the folder must exist, and no file of it changes but the lock.
 
   Raises:
-    UserError: another run holds the folder, it belongs to another configuration, or it cannot be written.
+    UserError: another run holds the folder, it belongs to another configuration, or it cannot be
+    written.
   """
 
-  def __init__(self, path, config):
+  def __init__(self, path, config, read_only=False):
     self.path = pathlib.Path(path)
     try:
-      self.path.mkdir(parents=True, exist_ok=True)
-      self._lock = open(self.path / '.lock', 'a+')  # noqa: SIM115 (held open: closing it gives up the lock)
+      if not read_only:
+        self.path.mkdir(parents=True, exist_ok=True)
+      # Held open: closing the file gives up the lock.
+      self._lock = open(self.path / '.lock', 'a+')
     except OSError as error:
-      raise UserError(f'--work_dir must be a folder that can be written. Received: {path} ({error.strerror}).') from error
+      raise UserError(
+        f'--work_dir must be a folder that can be written. Received: {path} ({error.strerror}).'
+      ) from error
     try:
       fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
       self._lock.seek(0)
-      raise UserError(f'Work folder {path} is in use by another run (process {self._lock.read().strip() or "unknown"}). '
-                      'Wait for it, or give another --work_dir.') from error
+      raise UserError(
+        f'Work folder {path} is in use by another run (process '
+        f'{self._lock.read().strip() or "unknown"}). '
+        'Wait for it, or give another --work_dir.'
+      ) from error
     self._lock.truncate(0)
     self._lock.write(str(os.getpid()))
     self._lock.flush()
-    self._compare(config)
-    write_json(self / 'config.json', config)
+    if any((self / name).exists() for name in RESULTS):
+      self._compare(config)
+    if not read_only:
+      write_json(self / 'config.json', config)
 
   def __truediv__(self, name):
     return self.path / name
@@ -51,10 +67,16 @@ class WorkFolder:
     except FileNotFoundError:
       return
     except ValueError as error:
-      raise UserError(f'{self / "config.json"} is damaged: {error}. Give another --work_dir.') from error
-    differing = [f'--{name} is {earlier.get(name)!r} there and {config.get(name)!r} here'
-                 for name in sorted(set(earlier) | set(config))
-                 if name not in FREE and earlier.get(name) != config.get(name)]
+      raise UserError(
+        f'{self / "config.json"} is damaged: {error}. Give another --work_dir.'
+      ) from error
+    differing = [
+      f'--{name} is {earlier.get(name)!r} there and {config.get(name)!r} here'
+      for name in sorted(set(earlier) | set(config))
+      if name not in FREE and earlier.get(name) != config.get(name)
+    ]
     if differing:
-      raise UserError(f'Work folder {self.path} belongs to another configuration: {"; ".join(differing)}. '
-                      'Give another --work_dir, or remove the folder.')
+      raise UserError(
+        f'Work folder {self.path} belongs to another configuration: {"; ".join(differing)}. '
+        'Give another --work_dir, or remove the folder.'
+      )

@@ -1,4 +1,4 @@
-"""Trains or compresses the convolutional net on the digits; `--helpshort` lists the flags."""
+"""Trains or compresses the convolutional net on the digits; `--help` lists the flags."""
 
 from learners import main
 from nets.convnet_at_digits import ModelHelper

@@ -1,4 +1,4 @@
-"""Trains or compresses LeNet on CIFAR-10; `--helpshort` lists the flags."""
+"""Trains or compresses LeNet on CIFAR-10; `--help` lists the flags."""
 
 from learners import main
 from nets.lenet_at_cifar10 import ModelHelper

@@ -1,15 +1,22 @@
 """Pocketsize: Keras models made small and fast enough to ship.
 
-    model, stack = pocketsize.compress(model, [{'algorithm': 'uniform'}], calibration=batches)
-    model.compile(...)
-    model.fit(..., callbacks=[pocketsize.CompressionCallback(stack)])
-    pocketsize.strip(model).save('final.keras')
-    pocketsize.export(model, 'exports')
+model, stack = pocketsize.compress(model, [{'algorithm': 'uniform'}], calibration=batches)
+model.compile(...)
+model.fit(..., callbacks=[pocketsize.CompressionCallback(stack)])
+pocketsize.strip(model).save('final.keras')
+pocketsize.export(model, 'exports')
 """
 
 from pocketsize.calibration import calibrate
 from pocketsize.configure import compress
-from pocketsize.compressor import CompressionCallback, Compressor, Stack, Stage, register
+from pocketsize.compressor import (
+  CompressionCallback,
+  Compressor,
+  Stack,
+  Stage,
+  discover,
+  register,
+)
 from pocketsize.conversion import export, verify
 from pocketsize.errors import UserError
 from pocketsize.graph import Graph
@@ -18,5 +25,25 @@ from pocketsize.targets import Rule
 from pocketsize.transform import Grid, Placement, Transform
 
 __all__ = [
-  'CompressionCallback', 'Compressor', 'Graph', 'Grid', 'Instrumented', 'Placement', 'Rule', 'Stack', 'Stage', 'Transform',
-  'UserError', 'calibrate', 'compress', 'export', 'instrument', 'register', 'strip', 'verify']
+  'CompressionCallback',
+  'Compressor',
+  'Graph',
+  'Grid',
+  'Instrumented',
+  'Placement',
+  'Rule',
+  'Stack',
+  'Stage',
+  'Transform',
+  'UserError',
+  'calibrate',
+  'compress',
+  'export',
+  'instrument',
+  'register',
+  'strip',
+  'verify',
+]
+
+# What an algorithm registers with Keras must be known before a saved model can be loaded.
+discover()

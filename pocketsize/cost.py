@@ -39,8 +39,9 @@ def node_macs(graph, node):
   if name == 'Dense':
     return weights * _size(shape[1:-1])
   if name == 'EinsumDense':
-    kept = _size(layer.kernel.shape[axis] for axis in targets.channel_axes(layer, 'kernel'))
-    return weights * max(_size(shape[1:]) // kept, 1)
+    inputs, kernel = layer.equation.split('->')[0].split(',')
+    summed = _size(size for letter, size in zip(kernel, layer.kernel.shape, strict=True) if letter in inputs)
+    return weights * max(_size(graph.shape(node.inputs[0])[1:]) // summed, 1)
   axes = shape[1:-1] if layer.data_format == 'channels_last' else shape[2:]
   return weights * _size(axes)
 

@@ -24,7 +24,8 @@ class Node:
     symbols: the symbolic tensors of `inputs`, as the arguments hold them.
     arguments: Keras' record of the call.
     takes_training: whether the operation has an argument `training`.
-    inference_only: whether the model's author wrote `training=False` at this call or around it.
+    inference_only: whether the model's author wrote `training=False` at this call or around it (at layers
+      whose default is False, such as Dropout, Keras keeps no record of that).
   """
 
   path: str
@@ -65,6 +66,18 @@ def is_nested(operation):
   """Returns whether `operation` is a model whose graph can be seen."""
   return isinstance(operation, keras.Sequential) or (
     isinstance(operation, Functional) and type(operation).call is Functional.call)
+
+
+def _training(node):
+  """Returns (whether an operation takes `training`, whether the model's author wrote False there).
+
+  Keras records a call with the default filled in: False at a Dropout means nothing, at a layer or nested
+  model whose default is None it was written.
+  """
+  parameter = inspect.signature(node.operation.call).parameters.get('training')
+  if parameter is None:
+    return False, False
+  return True, node.arguments.kwargs.get('training') is False and parameter.default is not False
 
 
 class Graph:
@@ -113,7 +126,8 @@ class Graph:
           continue
         path = prefix + node.operation.name
         inputs = tuple(numbers[id(symbol)] for symbol in node.input_tensors)
-        fixed = inference_only or node.arguments.kwargs.get('training') is False
+        takes_training, says_inference = _training(node)
+        fixed = inference_only or says_inference
         if is_nested(node.operation):
           inner = functional(node.operation)
           local = {id(symbol): self._cast(number, symbol, path)
@@ -123,8 +137,7 @@ class Graph:
         else:
           outputs = self._add(
             path, node.operation, inputs, node.output_tensors, symbols=tuple(node.input_tensors),
-            arguments=node.arguments, inference_only=fixed,
-            takes_training='training' in inspect.signature(node.operation.call).parameters)
+            arguments=node.arguments, takes_training=takes_training, inference_only=fixed)
         numbers.update({id(symbol): number
                         for symbol, number in zip(node.output_tensors, outputs, strict=True)})
 

@@ -32,7 +32,9 @@ def plain():
 
 def depthwise():
   inputs = _image()
-  x = layers.DepthwiseConv2D(3, padding='same', depth_multiplier=2, use_bias=False)(_block(inputs, 8))
+  x = layers.DepthwiseConv2D(3, padding='same', depth_multiplier=2, use_bias=False)(
+    _block(inputs, 8)
+  )
   x = layers.ReLU(6.0)(layers.BatchNormalization()(x))
   x = layers.DepthwiseConv2D(3, 2, padding='valid', activation='relu')(x)
   return keras.Model(inputs, layers.GlobalAveragePooling2D()(_block(x, 8, 1)))
@@ -55,7 +57,9 @@ def residual():
 
 def concatenation():
   inputs = _image()
-  x = layers.Concatenate()([_block(inputs, 6), layers.AveragePooling2D(3, 1, padding='same')(_block(inputs, 4, 1))])
+  x = layers.Concatenate()(
+    [_block(inputs, 6), layers.AveragePooling2D(3, 1, padding='same')(_block(inputs, 4, 1))]
+  )
   return keras.Model(inputs, layers.Dense(5)(layers.Flatten()(layers.AveragePooling2D(2)(x))))
 
 
@@ -70,11 +74,15 @@ def nested():
   inner_inputs = keras.Input((SIZE, SIZE, 3))
   base = keras.Model(inner_inputs, _block(_block(inner_inputs, 8), 8, strides=2), name='base')
   inputs = _image()
-  head = keras.Sequential([keras.Input((6, 6, 8)), layers.GlobalAveragePooling2D(), layers.Dense(5)], name='head')
+  head = keras.Sequential(
+    [keras.Input((6, 6, 8)), layers.GlobalAveragePooling2D(), layers.Dense(5)], name='head'
+  )
   return keras.Model(inputs, head(base(inputs)))
 
 
-BUILDERS = {build.__name__: build for build in (plain, depthwise, residual, concatenation, transposed, nested)}
+BUILDERS = {
+  build.__name__: build for build in (plain, depthwise, residual, concatenation, transposed, nested)
+}
 
 
 def samples(count=32):
@@ -82,7 +90,7 @@ def samples(count=32):
 
 
 def randomized(model, seed=0):
-  """Gives batch norms and biases values as after training: some gammas negative, one of each layer zero."""
+  """Gives batch norms and biases values as after training; some gammas are negative, one is zero."""
   rng = np.random.default_rng(seed)
   for layer in Graph(model).layers.values():
     if isinstance(layer, layers.BatchNormalization):
@@ -115,13 +123,19 @@ def quantized(model, bits=8, activation_bits=8, granularity='channel', masks=())
       kernel = np.array(getattr(layer, point))
       if (path, point) in mask_by_place:
         kernel = np.array(mask_by_place[path, point](kernel))
-      quantizer = WeightQuantizer(bits, granularity, targets.channel_axes(layer, point), bucket_size=7)
+      quantizer = WeightQuantizer(
+        bits, granularity, targets.channel_axes(layer, point), bucket_size=7
+      )
       quantizer.build(kernel.shape)
       quantizer.fit(kernel)
       placements.append(Placement(path, point, quantizer))
   if activation_bits:
-    placements += [Placement(tensor.path, 'output', ActivationQuantizer(activation_bits, nonnegative=tensor.nonnegative))
-                   for tensor in quantized_tensors(graph)]
+    placements += [
+      Placement(
+        tensor.path, 'output', ActivationQuantizer(activation_bits, nonnegative=tensor.nonnegative)
+      )
+      for tensor in quantized_tensors(graph)
+    ]
   model = instrument(model, placements)
   observe(model)
   return model
@@ -129,15 +143,20 @@ def quantized(model, bits=8, activation_bits=8, granularity='channel', masks=())
 
 def observe(model):
   """Fills the activation ranges from the samples, batch norms as in inference."""
+
   def call(node, args, kwargs):
     y = args[0] if node.is_input else node.operation(*args, **kwargs)
     for transform in model.transforms_at(node.path, 'output'):
       transform.observe(y)
+      y = transform(y)
     return y
+
   model.graph.run([samples()], call, training=False)
 
 
 def output_step(model):
   """Returns the step of the last activation quantizer of a model."""
-  low, high = [transform for transform in model.transforms if hasattr(transform, 'range')][-1].range()
+  low, high = [transform for transform in model.transforms if hasattr(transform, 'range')][
+    -1
+  ].range()
   return (high - low) / 255.0

@@ -1,4 +1,4 @@
-"""Learners end to end on the digits: resume, signals, divergence, work folders, and what users get wrong."""
+"""Learners end to end on the digits: resume, signals, work folders, and what users get wrong."""
 
 import json
 import os
@@ -17,12 +17,19 @@ from nets.convnet_at_digits import ModelHelper
 
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = ['--nb_epochs_rat=0.03', '--export_formats=none', '--save_step=7', '--summ_step=5']
-UNIFORM = ['--learner=uniform', '--uql_weight_bits=4', '--uql_activation_bits=8', '--uql_quant_epochs=2']
+UNIFORM = [
+  '--learner=uniform',
+  '--uql_weight_bits=4',
+  '--uql_activation_bits=8',
+  '--uql_quant_epochs=2',
+]
 SPARSE = ['--learner=weight-sparse', '--ws_prune_ratio_prtl=heurist', '--ws_mask_update_step=3']
 
 
 def run(work_dir, *arguments):
-  return main.run_with(ModelHelper, ['convnet_at_digits_run.py', f'--work_dir={work_dir}', *SMALL, *arguments])
+  return main.run_with(
+    ModelHelper, ['convnet_at_digits_run.py', f'--work_dir={work_dir}', *SMALL, *arguments]
+  )
 
 
 def weights(work_dir, name='final.keras'):
@@ -41,6 +48,7 @@ class Killed(BaseException):
 @pytest.fixture
 def kill_at(monkeypatch):
   """Makes training end abruptly after a step of a phase."""
+
   def arrange(phase, step):
     original = training._Loop.on_train_batch_end
 
@@ -51,6 +59,7 @@ def kill_at(monkeypatch):
 
     monkeypatch.setattr(training._Loop, 'on_train_batch_end', dying)
     return lambda: monkeypatch.setattr(training._Loop, 'on_train_batch_end', original)
+
   return arrange
 
 
@@ -65,12 +74,19 @@ def undisturbed(tmp_path_factory):
       assert run(folder, *arguments) == 0
       kept[arguments] = weights(folder)
     return kept[arguments]
+
   return get
 
 
-@pytest.mark.parametrize('phase, step', [('float', 3), ('float', 16), ('compressed', 1), ('compressed', 15)])
-@pytest.mark.parametrize('learner', [UNIFORM, [*SPARSE, '--enbl_dst']], ids=['uniform', 'sparse-distilled'])
-def test_a_run_killed_at_any_step_ends_with_the_same_bits(tmp_path, kill_at, undisturbed, learner, phase, step):
+@pytest.mark.parametrize(
+  'phase, step', [('float', 3), ('float', 16), ('compressed', 1), ('compressed', 15)]
+)
+@pytest.mark.parametrize(
+  'learner', [UNIFORM, [*SPARSE, '--enbl_dst']], ids=['uniform', 'sparse-distilled']
+)
+def test_a_run_killed_at_any_step_ends_with_the_same_bits(
+  tmp_path, kill_at, undisturbed, learner, phase, step
+):
   revive = kill_at(phase, step)
   with pytest.raises(Killed):
     run(tmp_path, *learner)
@@ -81,7 +97,10 @@ def test_a_run_killed_at_any_step_ends_with_the_same_bits(tmp_path, kill_at, und
 
 def test_another_seed_gives_other_weights(tmp_path, undisturbed):
   assert run(tmp_path, *UNIFORM, '--seed=1') == 0
-  assert any((one != other).any() for one, other in zip(weights(tmp_path), undisturbed(*UNIFORM), strict=True))
+  assert any(
+    (one != other).any()
+    for one, other in zip(weights(tmp_path), undisturbed(*UNIFORM), strict=True)
+  )
 
 
 def test_a_finished_run_started_again_changes_nothing(tmp_path):
@@ -93,9 +112,21 @@ def test_a_finished_run_started_again_changes_nothing(tmp_path):
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_signal_in_a_real_process_loses_nothing(tmp_path, undisturbed, number):
-  command = [sys.executable, 'nets/convnet_at_digits_run.py', f'--work_dir={tmp_path}', *SMALL, *UNIFORM]
-  process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, 'PYTHONPATH': str(ROOT)}, text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+  command = [
+    sys.executable,
+    'nets/convnet_at_digits_run.py',
+    f'--work_dir={tmp_path}',
+    *SMALL,
+    *UNIFORM,
+  ]
+  process = subprocess.Popen(
+    command,
+    cwd=ROOT,
+    env={**os.environ, 'PYTHONPATH': str(ROOT)},
+    text=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+  )
   for line in process.stdout:
     if line.startswith('float training: step 10/'):
       process.send_signal(number)
@@ -111,9 +142,13 @@ def test_a_signal_in_a_real_process_loses_nothing(tmp_path, undisturbed, number)
   assert_same_bits(weights(tmp_path), undisturbed(*UNIFORM))
 
 
-def test_a_diverging_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, capfd, monkeypatch):
+def test_a_diverging_loss_stops_the_run_and_keeps_the_last_good_checkpoint(
+  tmp_path, capfd, monkeypatch
+):
   original = ModelHelper.loss
-  monkeypatch.setattr(ModelHelper, 'loss', lambda self, y, outputs: original(self, y, outputs) * 1e30)
+  monkeypatch.setattr(
+    ModelHelper, 'loss', lambda self, y, outputs: original(self, y, outputs) * 1e30
+  )
   assert run(tmp_path, *UNIFORM, '--save_step=1') == 2
   message = capfd.readouterr().err
   assert 'at step' in message and 'learning rate' in message and 'Traceback' not in message
@@ -131,7 +166,12 @@ def test_full_precision_trains_and_keeps_the_float_model(tmp_path):
 
 
 def test_sparse_weights_are_exact_zeros_in_the_final_model(tmp_path):
-  assert run(tmp_path, '--learner=weight-sparse', '--ws_prune_ratio_prtl=uniform', '--ws_prune_ratio=0.6') == 0
+  assert (
+    run(
+      tmp_path, '--learner=weight-sparse', '--ws_prune_ratio_prtl=uniform', '--ws_prune_ratio=0.6'
+    )
+    == 0
+  )
   report = json.loads((tmp_path / 'report.json').read_text())
   for layer in report['layers']:
     if layer['macs']:
@@ -141,47 +181,94 @@ def test_sparse_weights_are_exact_zeros_in_the_final_model(tmp_path):
 def test_the_report_has_its_stable_keys(tmp_path):
   assert run(tmp_path, *UNIFORM) == 0
   report = json.loads((tmp_path / 'report.json').read_text())
-  assert set(report) == {'model', 'dataset', 'learner', 'float', 'compressed', 'files', 'layers', 'seconds', 'command', 'versions'}
+  assert set(report) == {
+    'model',
+    'dataset',
+    'learner',
+    'float',
+    'compressed',
+    'files',
+    'layers',
+    'seconds',
+    'command',
+    'versions',
+  }
   assert set(report['float']) == {'metrics', 'params', 'macs', 'bytes'}
-  assert set(report['compressed']) == {'metrics', 'params', 'nonzero_params', 'macs', 'mean_weight_bits', 'bytes'}
-  assert set(report['layers'][0]) == {'name', 'params', 'macs', 'weight_bits', 'activation_bits', 'sparsity',
-                                      'channels_before', 'channels_after', 'skipped_because'}
-  bits = {layer['name']: (layer['weight_bits'], layer['activation_bits']) for layer in report['layers'] if layer['macs']}
+  assert set(report['compressed']) == {
+    'metrics',
+    'params',
+    'nonzero_params',
+    'macs',
+    'mean_weight_bits',
+    'bytes',
+  }
+  assert set(report['layers'][0]) == {
+    'name',
+    'params',
+    'macs',
+    'weight_bits',
+    'activation_bits',
+    'sparsity',
+    'channels_before',
+    'channels_after',
+    'skipped_because',
+  }
+  bits = {
+    layer['name']: (layer['weight_bits'], layer['activation_bits'])
+    for layer in report['layers']
+    if layer['macs']
+  }
   assert bits == {'conv0': (8, 8), 'conv1': (4, 8), 'conv2': (4, 8), 'dense': (8, 8)}
   assert report['compressed']['bytes'] == (tmp_path / 'final.keras').stat().st_size
 
 
 def test_evaluation_reproduces_the_report_and_writes_nothing(tmp_path, capfd):
   assert run(tmp_path, *UNIFORM) == 0
-  before = {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file() and path.name != '.lock'}
+  before = {
+    path: path.read_bytes()
+    for path in tmp_path.rglob('*')
+    if path.is_file() and path.name != '.lock'
+  }
   capfd.readouterr()
   assert run(tmp_path, *UNIFORM, '--exec_mode=eval') == 0
   accuracy = json.loads(before[tmp_path / 'report.json'])['compressed']['metrics']['accuracy']
   assert f'{accuracy:.4f}' in capfd.readouterr().out
-  assert {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file() and path.name != '.lock'} == before
+  assert {
+    path: path.read_bytes()
+    for path in tmp_path.rglob('*')
+    if path.is_file() and path.name != '.lock'
+  } == before
 
 
-@pytest.mark.parametrize('arguments, sentence', [
-  (['--learner=unifrom'], "Received: 'unifrom'; did you mean 'uniform'?"),
-  (['--uql_weight_bits=0', '--learner=uniform'], '--uql_weight_bits must be one of 1, 2,'),
-  (['--uql_weight_bits=many', '--learner=uniform'], 'uql_weight_bits'),
-  (['--uql_wieght_bits=8', '--learner=uniform'], 'uql_wieght_bits'),
-  (['--ws_prune_ratio=1.0', *SPARSE], '--ws_prune_ratio must be'),
-  (['--learner=weight-sparse'], 'Use uniform or heurist'),
-  (['--learner=full-prec', '--uql_weight_bits=4'], '--uql_weight_bits belongs to --learner=uniform'),
-  ([*SPARSE, '--ws_iter_ratio_beg=0.9'], '--ws_iter_ratio_beg must not be above'),
-  (['--learner=uniform', '--uql_bucket_size=64'], '--uql_bucket_size has no effect'),
-  (['--learner=full-prec', '--save_path_dst=x.keras'], 'add --enbl_dst'),
-  (['--learner=full-prec', '--enbl_dst'], 'needs --save_path_dst'),
-  (['--learner=uniform', '--uql_weight_bits_list=8,8'], 'one number for each of the 4 layers'),
-  (['--learner=uniform', '--export_formats=tflight'], "Received: 'tflight'"),
-  (['--pretrained=missing.keras'], 'missing.keras'),
-  (['--batch_size=5000'], '5000'),
-  (['--flagfile=missing.flags'], 'missing.flags'),
-  (['surplus'], "Received: 'surplus'"),
-  (['--exec_mode=eval'], 'needs a finished run'),
-])
-def test_a_mistake_of_the_user_is_one_sentence_and_exit_code_2(tmp_path, capfd, arguments, sentence):
+@pytest.mark.parametrize(
+  'arguments, sentence',
+  [
+    (['--learner=unifrom'], "Received: 'unifrom'; did you mean 'uniform'?"),
+    (['--uql_weight_bits=0', '--learner=uniform'], '--uql_weight_bits must be one of 1, 2,'),
+    (['--uql_weight_bits=many', '--learner=uniform'], 'uql_weight_bits'),
+    (['--uql_wieght_bits=8', '--learner=uniform'], 'uql_wieght_bits'),
+    (['--ws_prune_ratio=1.0', *SPARSE], '--ws_prune_ratio must be'),
+    (['--learner=weight-sparse'], 'Use uniform or heurist'),
+    (
+      ['--learner=full-prec', '--uql_weight_bits=4'],
+      '--uql_weight_bits belongs to --learner=uniform',
+    ),
+    ([*SPARSE, '--ws_iter_ratio_beg=0.9'], '--ws_iter_ratio_beg must not be above'),
+    (['--learner=uniform', '--uql_bucket_size=64'], '--uql_bucket_size has no effect'),
+    (['--learner=full-prec', '--save_path_dst=x.keras'], 'add --enbl_dst'),
+    (['--learner=full-prec', '--enbl_dst'], 'needs --save_path_dst'),
+    (['--learner=uniform', '--uql_weight_bits_list=8,8'], 'one number for each of the 4 layers'),
+    (['--learner=uniform', '--export_formats=tflight'], "Received: 'tflight'"),
+    (['--pretrained=missing.keras'], 'missing.keras'),
+    (['--batch_size=5000'], '5000'),
+    (['--flagfile=missing.flags'], 'missing.flags'),
+    (['surplus'], "Received: 'surplus'"),
+    (['--exec_mode=eval'], 'needs a finished run'),
+  ],
+)
+def test_a_mistake_of_the_user_is_one_sentence_and_exit_code_2(
+  tmp_path, capfd, arguments, sentence
+):
   assert run(tmp_path / 'work', *arguments) == 2
   message = capfd.readouterr().err
   assert sentence in message
@@ -207,6 +294,7 @@ def test_two_runs_in_one_work_folder_are_refused(tmp_path, capfd):
 def test_a_full_disk_is_one_sentence(tmp_path, capfd, monkeypatch):
   def full(*arguments, **options):
     raise OSError(28, 'No space left on device')
+
   monkeypatch.setattr(np, 'savez', full)
   assert run(tmp_path, *UNIFORM) == 2
   assert 'The disk is full' in capfd.readouterr().err

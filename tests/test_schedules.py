@@ -10,7 +10,8 @@ from pocketsize.schedules import cosine, polynomial
 @pytest.mark.parametrize(
   ('step', 'value'),
   # Half way 1 - 0.5^3 = 7/8 of 0.8; a quarter of the way 1 - 0.75^3 = 37/64 of 0.8.
-  [(0, 0.0), (99, 0.0), (100, 0.0), (125, 0.8 * 37 / 64), (150, 0.7), (200, 0.8), (10**9, 0.8)])
+  [(0, 0.0), (99, 0.0), (100, 0.0), (125, 0.8 * 37 / 64), (150, 0.7), (200, 0.8), (10**9, 0.8)],
+)
 def test_polynomial_by_hand(step, value):
   assert polynomial(step, 100, 200, 0.0, 0.8) == pytest.approx(value, abs=1e-12)
 
@@ -26,7 +27,8 @@ def test_polynomial_without_length_jumps_at_begin(end):
 
 @pytest.mark.parametrize(
   ('step', 'value'),
-  [(-5, 3.0), (0, 3.0), (25, 1 + 2 * (1 + math.sqrt(0.5)) / 2), (50, 2.0), (100, 1.0), (101, 1.0)])
+  [(-5, 3.0), (0, 3.0), (25, 1 + 2 * (1 + math.sqrt(0.5)) / 2), (50, 2.0), (100, 1.0), (101, 1.0)],
+)
 def test_cosine_by_hand(step, value):
   assert cosine(step, 100, 3.0, 1.0) == pytest.approx(value, abs=1e-12)
 

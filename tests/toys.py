@@ -27,17 +27,29 @@ def conv_net(name='conv_net'):
 def sequential_net():
   """A Sequential conv net: 4 logits of 8x8x3 images."""
   keras.utils.set_random_seed(2)
-  return keras.Sequential([
-    keras.Input((8, 8, 3)), layers.Conv2D(4, 3, activation='relu', name='conv'),
-    layers.MaxPooling2D(name='maxpool'), layers.Flatten(name='flatten'),
-    layers.Dense(4, name='head')], name='sequential_net')
+  return keras.Sequential(
+    [
+      keras.Input((8, 8, 3), name='images'),
+      layers.Conv2D(4, 3, activation='relu', name='conv'),
+      layers.MaxPooling2D(name='maxpool'),
+      layers.Flatten(name='flatten'),
+      layers.Dense(4, name='head'),
+    ],
+    name='sequential_net',
+  )
 
 
 def nested_net():
   """Two levels of nesting; 'base' holds the Sequential 'stem': 4 logits of 8x8x3 images."""
   keras.utils.set_random_seed(3)
-  stem = keras.Sequential([keras.Input((8, 8, 3)), layers.Conv2D(4, 3, name='conv'),
-                           layers.BatchNormalization(name='bn')], name='stem')
+  stem = keras.Sequential(
+    [
+      keras.Input((8, 8, 3)),
+      layers.Conv2D(4, 3, name='conv'),
+      layers.BatchNormalization(name='bn'),
+    ],
+    name='stem',
+  )
   x = inputs = keras.Input((8, 8, 3))
   x = layers.ReLU(name='relu')(stem(x))
   base = keras.Model(inputs, layers.Conv2D(4, 3, name='conv')(x), name='base')
@@ -50,15 +62,26 @@ def shared_net():
   """One conv called twice, and one nested model called twice: 4 logits of 8x8x3 images."""
   keras.utils.set_random_seed(4)
   conv = layers.Conv2D(3, 3, padding='same', activation='relu', name='conv')
-  tower = keras.Sequential([keras.Input((8, 8, 3)), layers.Conv2D(2, 3, name='conv'),
-                            layers.GlobalAveragePooling2D(name='pool')], name='tower')
+  tower = keras.Sequential(
+    [
+      keras.Input((8, 8, 3)),
+      layers.Conv2D(2, 3, name='conv'),
+      layers.GlobalAveragePooling2D(name='pool'),
+    ],
+    name='tower',
+  )
   inputs = keras.Input((8, 8, 3), name='images')
   x = conv(inputs)
   x = layers.Concatenate(name='join')([tower(x), tower(conv(x))])
   return keras.Model(inputs, layers.Dense(4, name='head')(x), name='shared_net')
 
 
-MODELS = {'functional': conv_net, 'sequential': sequential_net, 'nested': nested_net, 'shared': shared_net}
+MODELS = {
+  'functional': conv_net,
+  'sequential': sequential_net,
+  'nested': nested_net,
+  'shared': shared_net,
+}
 
 
 def paths(model):
@@ -68,8 +91,10 @@ def paths(model):
 
 def compile_for_logits(model, rate=0.05):
   """Compiles `model` for integer labels with SGD and momentum, and returns it."""
-  model.compile(keras.optimizers.SGD(rate, momentum=0.9),
-                keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+  model.compile(
+    keras.optimizers.SGD(rate, momentum=0.9),
+    keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+  )
   return model
 
 

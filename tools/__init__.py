@@ -1,1 +1,1 @@
-"""Command lines around the library. Run them from the project's folder: `python -m tools.<folder>.<tool>`."""
+"""Command lines around the library: `python -m tools.<folder>.<tool>` in the project's folder."""

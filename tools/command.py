@@ -14,6 +14,7 @@ USER_ERROR = 2
 
 def run(main):
   """Parses flags and runs `main()`; a mistake of the user becomes one sentence and exit code 2."""
+
   def guarded(argv):
     try:
       if len(argv) > 1:
@@ -29,6 +30,7 @@ def run(main):
 def _parse(argv):
   # absl itself leaves with code 1 and prints its help.
   from absl import flags
+
   try:
     return flags.FLAGS(argv)
   except flags.Error as error:
@@ -43,6 +45,7 @@ def load_model(path):
     UserError: there is none, or it is broken.
   """
   import keras
+
   # Finds the classes that a saved model may hold.
   compressor.discover()
   try:

@@ -11,5 +11,16 @@ from pocketsize.conversion.inspection import count_ops
 from pocketsize.conversion.runners import open_file
 from pocketsize.conversion.verification import latency, size, verify, verify_files
 
-__all__ = ['FORMATS', 'ExportedFile', 'count_ops', 'export', 'formats_for', 'is_quantized', 'latency',
-           'open_file', 'size', 'verify', 'verify_files']
+__all__ = [
+  'FORMATS',
+  'ExportedFile',
+  'count_ops',
+  'export',
+  'formats_for',
+  'is_quantized',
+  'latency',
+  'open_file',
+  'size',
+  'verify',
+  'verify_files',
+]

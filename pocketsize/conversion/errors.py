@@ -6,8 +6,13 @@ import re
 from pocketsize.conversion.lowering import SCOPE
 from pocketsize.errors import UserError
 
-_PACKAGES = {'tf2onnx': 'tf2onnx', 'onnx': 'onnx', 'onnxruntime': 'onnxruntime', 'openvino': 'openvino',
-             'ai_edge_litert': 'ai-edge-litert'}
+_PACKAGES = {
+  'tf2onnx': 'tf2onnx',
+  'onnx': 'onnx',
+  'onnxruntime': 'onnxruntime',
+  'openvino': 'openvino',
+  'ai_edge_litert': 'ai-edge-litert',
+}
 
 
 def require(module, purpose):
@@ -24,7 +29,9 @@ def require(module, purpose):
   try:
     return importlib.import_module(module)
   except ImportError as error:
-    raise UserError(f'Package {package!r} is needed {purpose}: pip install {package}. Received: {error}.') from error
+    raise UserError(
+      f'Package {package!r} is needed {purpose}: pip install {package}. Received: {error}.'
+    ) from error
 
 
 def conversion_error(name, error):
@@ -35,8 +42,14 @@ def conversion_error(name, error):
     error: the converter's exception.
   """
   text = str(error)
-  layers = dict.fromkeys(match.strip('.') for match in re.findall(SCOPE + r'([\w.]+)', text))
-  where = f' at layer {", ".join(repr(layer.replace(".", "/")) for layer in list(layers)[:3])}' if layers else ''
+  # TensorFlow's converter has the operation's name among its details only.
+  details = ' '.join([text, *map(str, getattr(error, 'errors', ()))])
+  layers = dict.fromkeys(match.strip('.') for match in re.findall(SCOPE + r'([\w.]+)', details))
+  where = (
+    f' at layer {", ".join(repr(layer.replace(".", "/")) for layer in list(layers)[:3])}'
+    if layers
+    else ''
+  )
   lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
   line = next((line for line in lines if 'error' in line.lower()), lines[0])
   return UserError(f'The {name} converter refuses the model{where}: {line[:300]}')

@@ -46,7 +46,9 @@ QUANTIZED_FORMATS = frozenset(name for name, kind in _FORMATS.items() if kind.qu
 
 def is_quantized(model):
   """Returns whether `model` has quantizers, of weights or of activations."""
-  return isinstance(model, Instrumented) and any(hasattr(transform, 'bits') for transform in model.transforms)
+  return isinstance(model, Instrumented) and any(
+    hasattr(transform, 'bits') for transform in model.transforms
+  )
 
 
 def formats_for(model):
@@ -57,8 +59,8 @@ def formats_for(model):
 def export(model, folder, formats=None, name='model'):
   """Writes a model in several formats. A file is whole or absent.
 
-  Float formats compute with the kernels as deployed and float activations, int8 formats with what the
-  quantizers learned; no data is used.
+  Float formats compute with the kernels as deployed and float activations, int8 formats with what
+  the quantizers learned; no data is used.
 
   Args:
     model: `Instrumented`, or a Functional or Sequential model.
@@ -70,20 +72,26 @@ def export(model, folder, formats=None, name='model'):
     A list of `ExportedFile`.
 
   Raises:
-    UserError: an unknown format, an int8 format of a model without quantizers, a missing package, or an
-      operation that a converter refuses.
+    UserError: an unknown format, an int8 format of a model without quantizers, a missing package,
+      or an operation that a converter refuses.
   """
   formats = formats_for(model) if formats is None else tuple(formats)
   for unknown in [name for name in formats if name not in _FORMATS]:
     near = difflib.get_close_matches(unknown, _FORMATS, n=1)
-    raise UserError(f'`formats` must be names out of {", ".join(_FORMATS)}. Received: {unknown!r}.'
-                    + (f' Did you mean {near[0]!r}?' if near else ''))
+    raise UserError(
+      f'`formats` must be names out of {", ".join(_FORMATS)}. Received: {unknown!r}.'
+      + (f' Did you mean {near[0]!r}?' if near else '')
+    )
   for format_ in formats:
     if format_ not in formats_for(model):
-      raise UserError(f'Format {format_!r} holds what quantizers learned, and the model has none. Export it as '
-                      f'{", ".join(formats_for(model))}, or train it with quantizers.')
-  lowered = {quantized: Lowered(model, quantized)
-             for quantized in dict.fromkeys(_FORMATS[format_].quantized for format_ in formats)}
+      raise UserError(
+        f'Format {format_!r} holds what quantizers learned, and the model has none. Export it as '
+        f'{", ".join(formats_for(model))}, or train it with quantizers.'
+      )
+  lowered = {
+    quantized: Lowered(model, quantized)
+    for quantized in dict.fromkeys(_FORMATS[format_].quantized for format_ in formats)
+  }
   files = []
   for format_ in formats:
     kind = _FORMATS[format_]
@@ -108,7 +116,11 @@ def _note(lowered):
   notes = list(lowered.notes)
   if lowered.kernels and not lowered.has_activations:
     notes.append('int8 weights, expanded by the runtime; computed in float')
-  narrow = sorted({kernel.bits for kernel in lowered.kernels if kernel.codes is not None and kernel.bits < 8})
+  narrow = sorted(
+    {kernel.bits for kernel in lowered.kernels if kernel.codes is not None and kernel.bits < 8}
+  )
   if narrow:
-    notes.append(f'{", ".join(f"{bits}-bit" for bits in narrow)} weights as int8 codes of the same scale')
+    notes.append(
+      f'{", ".join(f"{bits}-bit" for bits in narrow)} weights as int8 codes of the same scale'
+    )
   return '; '.join(notes)

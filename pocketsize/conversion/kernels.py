@@ -1,7 +1,7 @@
 """Kernels on their way into a file: batch norm folded in, and integer codes for those on a grid.
 
-Folding is exact per output channel (Jacob et al. 2018, arXiv:1712.05877, section 3.2): the scale takes
-the batch norm's factor and the codes stay what training made of them, up to the factor's sign.
+Folding is exact per output channel (Jacob et al. 2018, arXiv:1712.05877, section 3.2): the scale
+takes the batch norm's factor; the codes stay what training made of them, up to the factor's sign.
 """
 
 import itertools
@@ -13,7 +13,7 @@ import numpy as np
 from pocketsize import targets
 
 # Runtimes hold a bias as int32 multiples of (input step * weight step).
-_BIAS_CODES = 2.0 ** 30
+_BIAS_CODES = 2.0**30
 # The smallest step: its products with an activation's step are still normal float32 numbers.
 _LEAST_STEP = 1e-30
 
@@ -27,7 +27,7 @@ class Kernel(NamedTuple):
     codes: int8 array of the same shape, or None for a kernel that stays float.
     scale: positive float32 array of the same shape, `codes * scale == values`, one value in each
       output channel; None with `codes`.
-    bits: of the codes, 1 to 8; of the quantizer, 9 to 16, where there are none; 32 without quantizer.
+    bits: of the codes, 1 to 8; where there are none of the quantizer, 9 to 16, or 32 without one.
     bias: [channels] float32 with batch norm folded in, or None.
     note: what differs from training, or ''.
   """
@@ -43,8 +43,10 @@ class Kernel(NamedTuple):
 
 def batch_norm_factors(layer):
   """Returns (factor, offset), [channels] float64: a BatchNormalization is x * factor + offset."""
-  mean, variance = (keras.ops.convert_to_numpy(value).astype(np.float64)
-                    for value in (layer.moving_mean, layer.moving_variance))
+  mean, variance = (
+    keras.ops.convert_to_numpy(value).astype(np.float64)
+    for value in (layer.moving_mean, layer.moving_variance)
+  )
   factor = 1.0 / np.sqrt(variance + layer.epsilon)
   if layer.scale:
     factor = factor * keras.ops.convert_to_numpy(layer.gamma)
@@ -67,8 +69,15 @@ def make_kernel(path, layer, point, deployed, transforms, factor=None, bias=None
   factors = 1.0 if factor is None else _spread(factor, axes, deployed.shape)
   grid, bits = _grid(deployed, transforms)
   if not bits or bits > 8:
-    return Kernel(path, (deployed * factors).astype(np.float32), None, None, bits or 32, bias,
-                  f'{bits}-bit weights as float32' if bits else '')
+    return Kernel(
+      path,
+      (deployed * factors).astype(np.float32),
+      None,
+      None,
+      bits or 32,
+      bias,
+      f'{bits}-bit weights as float32' if bits else '',
+    )
   note = ''
   scale = _channel_scale(grid, deployed.shape, axes)
   if scale is None:
@@ -80,24 +89,50 @@ def make_kernel(path, layer, point, deployed, transforms, factor=None, bias=None
   codes = np.round(deployed / scale) * np.sign(factors)
   scale = np.where(factors == 0.0, scale, scale * np.abs(factors))
   if bias is not None and input_step:
-    # A channel that batch norm all but erases would need a larger bias than int32 holds.
-    least = np.broadcast_to(_spread(np.abs(bias), axes, codes.shape) / (_BIAS_CODES * input_step), codes.shape)
-    codes = np.where(scale < least, np.round(codes * scale / np.maximum(least, _LEAST_STEP)), codes)
-    scale = np.maximum(scale, least)
+    codes, scale = _with_room(codes, scale, _spread(bias, axes, codes.shape), input_step)
   codes, scale = codes.astype(np.int8), np.maximum(scale, _LEAST_STEP).astype(np.float32)
   return Kernel(path, codes * scale, codes, scale, bits, bias, note)
 
 
+def _with_room(codes, scale, bias, input_step):
+  """Returns (codes, scale) such that the bias fits int32.
+
+  It else would not in a channel that batch norm all but erases: the step becomes coarser there.
+  """
+  least = np.broadcast_to(np.abs(bias) / (_BIAS_CODES * input_step), codes.shape)
+  coarser = np.round(codes * scale / np.maximum(least, _LEAST_STEP))
+  return np.where(scale < least, coarser, codes), np.maximum(scale, least)
+
+
+def scaling_kernel(path, factor, offset, input_step):
+  """Returns the [1, 1, channels, 1] depthwise `Kernel` that computes x * factor + offset exactly."""
+  codes, scale = 127.0 * np.sign(factor), np.where(factor == 0.0, 1.0, np.abs(factor) / 127.0)
+  if input_step:
+    codes, scale = _with_room(codes, scale, offset, input_step)
+  codes = codes.astype(np.int8).reshape(1, 1, -1, 1)
+  scale = np.maximum(scale, _LEAST_STEP).astype(np.float32).reshape(codes.shape)
+  return Kernel(path, codes * scale, codes, scale, 8, offset.astype(np.float32), '')
+
+
+def averaging_kernel(path, size, channels):
+  """Returns the [height, width, channels, 1] depthwise `Kernel` that averages windows of `size`."""
+  codes = np.full((*size, channels, 1), 127, np.int8)
+  scale = np.full(codes.shape, 1.0 / (127.0 * size[0] * size[1]), np.float32)
+  return Kernel(path, codes * scale, codes, scale, 8, None, '')
+
+
 def _grid(deployed, transforms):
   """Returns (the last transform's grid or None, the bits of grid or quantizer or 0)."""
-  grids = [grid for grid in (transform.grid(deployed) for transform in transforms) if grid is not None]
+  grids = [
+    grid for grid in (transform.grid(deployed) for transform in transforms) if grid is not None
+  ]
   if grids:
     return grids[-1], grids[-1].bits
   return None, max((getattr(transform, 'bits', 0) for transform in transforms), default=0)
 
 
 def _channel_scale(grid, shape, axes):
-  """Returns the grid's scale spread over `shape`, or None unless it is one value an output channel."""
+  """Returns the grid's scale spread over `shape`, or None if it varies within an output channel."""
   if grid is None:
     return None
   scale = np.broadcast_to(np.asarray(grid.scale, np.float64), shape)
@@ -106,15 +141,16 @@ def _channel_scale(grid, shape, axes):
 
 
 def _spread(vector, axes, shape):
-  """Returns a [channels] vector so that it broadcasts against a kernel whose `axes` count the channels."""
+  """Returns a [channels] vector that broadcasts against a kernel with output channels in `axes`."""
   return np.reshape(vector, [size if axis in axes else 1 for axis, size in enumerate(shape)])
 
 
 def stand_in(kernel, axes, seed):
-  """Returns (codes, values): random int8 codes and float32 values to put in the kernel's place.
+  """Returns random float32 values to put in a kernel's place.
 
-  They lead to the constant in a converted file, whatever layout it has there. Every output channel
-  holds a 127, so that a converter that looks for the largest magnitude finds the step that is meant.
+  They lead to the constant in a converted file, whatever layout it has there. They are integers
+  times a step of each output channel, and each channel has a 127: a converter that makes int8 of
+  them finds the same integers.
 
   Args:
     kernel: a `Kernel`.
@@ -122,10 +158,11 @@ def stand_in(kernel, axes, seed):
     seed: different for every kernel.
   """
   shape = kernel.values.shape
-  codes = np.random.default_rng(seed).integers(-127, 128, shape).astype(np.int8)
+  rng = np.random.default_rng(seed)
+  codes = rng.integers(-127, 128, shape)
   codes[tuple(slice(None) if axis in axes else 0 for axis in range(len(shape)))] = 127
-  scale = np.float32(1.0) if kernel.scale is None else kernel.scale
-  return codes, (codes * scale).astype(np.float32)
+  steps = rng.uniform(0.5, 1.0, [size if axis in axes else 1 for axis, size in enumerate(shape)])
+  return (codes * steps).astype(np.float32)
 
 
 def layout(original, stored):
@@ -138,13 +175,13 @@ def layout(original, stored):
   if original.size != stored.size:
     return None
   for order in itertools.permutations(range(original.ndim)):
-    if np.array_equal(original.transpose(order).ravel(), stored.ravel()):
+    if np.allclose(original.transpose(order).ravel(), stored.ravel(), rtol=1e-5, atol=0.0):
       return order
   return None
 
 
 def channel_axis(scale):
-  """Returns the only axis along which `scale`, as laid out in a file, differs; None where it is one value."""
+  """Returns the only axis along which `scale`, as laid out in a file, differs; None if there is none."""
   axes = [axis for axis in range(scale.ndim) if np.any(scale != scale.take([0], axis))]
   if len(axes) > 1:
     raise ValueError(f'Argument `scale` must differ along one axis. Received: axes {axes}.')

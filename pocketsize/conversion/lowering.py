@@ -8,7 +8,7 @@ import keras
 import tensorflow as tf
 
 from pocketsize import targets
-from pocketsize.conversion import kernels
+from pocketsize.conversion import integer, kernels
 from pocketsize.errors import UserError
 from pocketsize.graph import Graph, functional
 from pocketsize.instrument import Instrumented
@@ -23,14 +23,14 @@ class Lowered:
 
   Args:
     model: `Instrumented`, or a Functional or Sequential model.
-    quantized: whether quantizers are kept; without them the kernels are those deployed, as constants.
+    quantized: whether quantizers are kept; without them the kernels as deployed are constants.
 
   Attributes:
     function: a `tf.function` from the model's inputs to the list of its outputs.
     signature: its inputs as a list of `tf.TensorSpec`; the batch is None.
-    kernels: with `quantized`, the `Kernel` of each call of a weighted layer, which `function` does not
-      have: the file's writer puts it in place of the stand-in.
-    stand_ins: with `quantized`, what `function` has in its place: (codes, values), see `kernels.stand_in`.
+    kernels: with `quantized`, the `Kernel` of each call of a weighted layer, which `function` does
+      not have: the file's writer puts it in place of the stand-in.
+    stand_ins: with `quantized`, what `function` has in its place, see `kernels.stand_in`.
     input_names, output_names: strings.
     has_activations: whether any activation is quantized.
 
@@ -49,20 +49,34 @@ class Lowered:
     self.has_activations = any(low_high for low_high in self._ranges.values())
     self._batch_norms = self._foldable()
     self._folded = set(self._batch_norms.values())
-    self._weights = {node: self._fixed_weights(node) for node in self._graph.nodes
-                     if targets.weight_points(node.operation)}
+    self._weights = {
+      node: self._fixed_weights(node)
+      for node in self._graph.nodes
+      if targets.weight_points(node.operation)
+    }
+    self._depthwise = self._depthwise_nodes() if self.has_activations else {}
     symbols = functional(source).inputs
-    self.input_names = _distinct([self._graph.producer(tensor).path for tensor in self._graph.inputs])
-    self.output_names = _distinct([self._graph.producer(tensor).path for tensor in self._graph.outputs])
-    self.signature = [tf.TensorSpec((None, *symbol.shape[1:]), symbol.dtype, name=name)
-                      for symbol, name in zip(symbols, self.input_names, strict=True)]
+    self.input_names = _distinct(
+      [self._graph.producer(tensor).path for tensor in self._graph.inputs]
+    )
+    self.output_names = _distinct(
+      [self._graph.producer(tensor).path for tensor in self._graph.outputs]
+    )
+    self.signature = [
+      tf.TensorSpec((None, *symbol.shape[1:]), symbol.dtype, name=name)
+      for symbol, name in zip(symbols, self.input_names, strict=True)
+    ]
     self.function = tf.function(self._compute, input_signature=self.signature, autograph=False)
 
   @property
   def notes(self):
     """Sentences about what differs from training, with the layers that they are about."""
-    return [f'{note} ({paths[0]})' if len(paths) == 1 else f'{note} ({paths[0]} and {len(paths) - 1} more)'
-            for note, paths in self._paths_by_note.items()]
+    return [
+      f'{note} ({paths[0]})'
+      if len(paths) == 1
+      else f'{note} ({paths[0]} and {len(paths) - 1} more)'
+      for note, paths in self._paths_by_note.items()
+    ]
 
   def _note(self, note, path):
     paths = self._paths_by_note.setdefault(note, [])
@@ -83,13 +97,18 @@ class Lowered:
         continue
       bits = place.transform.bits
       if bits != 8:
-        self._note(f'{bits}-bit activations as ' + ('float32' if bits > 8 else '8 bits over the same range'), place.path)
+        self._note(
+          f'{bits}-bit activations as ' + ('float32' if bits > 8 else '8 bits over the same range'),
+          place.path,
+        )
       if bits > 8:
         ranges[place.transform] = None
         continue
       if not place.transform.has_range:
-        raise UserError(f'The activation quantizer at {place.path!r} has seen no data: calibrate or train the '
-                        'model before it is exported.')
+        raise UserError(
+          f'The activation quantizer at {place.path!r} has seen no data: calibrate or train the '
+          'model before it is exported.'
+        )
       ranges[place.transform] = place.transform.range()
     return ranges
 
@@ -102,18 +121,23 @@ class Lowered:
       before = self._graph.producer(node.inputs[0])
       layer = before.operation
       quantized_between = self._quantized and (
-        self._transforms(before.path, 'output') or self._transforms(node.path, 'input'))
-      if (targets.weight_points(layer) and not isinstance(layer, keras.layers.EinsumDense)
-          and layer.activation in (None, keras.activations.linear)
-          and getattr(layer, 'data_format', 'channels_last') == 'channels_last'
-          and node.operation.axis in (-1, len(self._graph.shape(node.inputs[0])) - 1)
-          and self._graph.consumers(before.outputs[0]) == [node]
-          and before.outputs[0] not in self._graph.outputs and not quantized_between):
+        self._transforms(before.path, 'output') or self._transforms(node.path, 'input')
+      )
+      if (
+        targets.weight_points(layer)
+        and not isinstance(layer, keras.layers.EinsumDense)
+        and layer.activation in (None, keras.activations.linear)
+        and getattr(layer, 'data_format', 'channels_last') == 'channels_last'
+        and node.operation.axis in (-1, len(self._graph.shape(node.inputs[0])) - 1)
+        and self._graph.consumers(before.outputs[0]) == [node]
+        and before.outputs[0] not in self._graph.outputs
+        and not quantized_between
+      ):
         nodes[before] = node
     return nodes
 
   def _fixed_weights(self, node):
-    """Returns ([(variable, array)], bias to add or None) of a weighted layer, batch norm folded in."""
+    """Returns ([(variable, array)], bias to add or None) of a layer, batch norm folded in."""
     layer = node.operation
     bias = None if layer.bias is None else keras.ops.convert_to_numpy(layer.bias)
     factor = None
@@ -125,37 +149,80 @@ class Lowered:
     for point in points:
       last = point == points[-1]
       transforms = self._transforms(node.path, point)
-      deployed = (self._model.baked(node.path, point) if transforms
-                  else keras.ops.convert_to_numpy(getattr(layer, point)))
+      deployed = (
+        self._model.baked(node.path, point)
+        if transforms
+        else keras.ops.convert_to_numpy(getattr(layer, point))
+      )
       kernel = kernels.make_kernel(
-        node.path, layer, point, deployed, transforms if self._quantized else (), factor if last else None,
-        bias if last and not isinstance(layer, keras.layers.EinsumDense) else None, self._input_step(node))
-      mapping.append((getattr(layer, point), self._constant(kernel, layer, point)))
+        node.path,
+        layer,
+        point,
+        deployed,
+        transforms if self._quantized else (),
+        factor if last else None,
+        bias.ravel() if last and bias is not None else None,
+        self._input_step(node),
+      )
+      axes = targets.channel_axes(layer, point)
+      mapping.append((getattr(layer, point), self._constant(kernel, axes)))
     return mapping, bias if layer.bias is None else None
 
-  def _constant(self, kernel, layer, point):
-    """Returns the array to compute with: the kernel, or its stand-in."""
+  def _constant(self, kernel, axes):
+    """Returns what to compute with: the kernel, or a stand-in. `axes` count output channels."""
     if not self._quantized:
       return kernel.values
     if kernel.note:
       self._note(kernel.note, kernel.path)
-    axes = [axis % kernel.values.ndim for axis in targets.channel_axes(layer, point)]
     self.kernels.append(kernel)
-    self.stand_ins.append(kernels.stand_in(kernel, axes, seed=len(self.kernels)))
-    return self.stand_ins[-1][1]
+    self.stand_ins.append(
+      kernels.stand_in(kernel, [axis % kernel.values.ndim for axis in axes], seed=len(self.kernels))
+    )
+    return self.stand_ins[-1]
+
+  def _depthwise_nodes(self):
+    """Returns {node: (kernel, offset or None)} of what becomes a depthwise convolution.
+
+    That is: a batch norm that does not fold, for which no format has an integer operation; an
+    average pooling, which TFLite rounds to its input's step, coarser than the learned one; and,
+    where windows reach beyond the image, the change to the learned step after it.
+    """
+    found = {}
+    for node in self._graph.nodes:
+      layer, shape = node.operation, self._graph.shape(node.inputs[0]) if node.inputs else ()
+      if integer.is_image_batch_norm(layer, len(shape)) and node not in self._folded:
+        factor, offset = kernels.batch_norm_factors(layer)
+        kernel = kernels.scaling_kernel(node.path, factor, offset, self._input_step(node))
+      elif integer.is_average(layer) and self._range_at(node):
+        size = layer.pool_size if integer.averages_whole_windows(layer) else (1, 1)
+        kernel = kernels.averaging_kernel(node.path, size, shape[-1])
+      else:
+        continue
+      found[node] = self._constant(kernel, axes=(-2, -1)), kernel.bias
+    return found
 
   def _input_step(self, node):
     """Returns the step of the 8-bit activation that `node` reads, or None where it is float."""
-    if not self._quantized:
-      return None
-    transforms = self._transforms(node.path, 'input')
-    while not transforms and node.inputs:
+    low_high = self._input_range(node)
+    return (low_high[1] - low_high[0]) / 255.0 if low_high else None
+
+  def _input_range(self, node):
+    """Returns (low, high) of the 8-bit activation that `node` reads, or None where it is float."""
+    low_high = self._range_at(node, 'input')
+    while not low_high and node.inputs:
       node = self._graph.producer(node.inputs[0])
-      transforms = self._transforms(node.path, 'output')
+      low_high = self._range_at(node)
       if type(node.operation).__name__ not in MOVING:
         break
-    ranges = [self._ranges[transform] for transform in transforms if self._ranges.get(transform)]
-    return (ranges[-1][1] - ranges[-1][0]) / 255.0 if ranges else None
+    return low_high
+
+  def _range_at(self, node, point='output'):
+    ranges = [
+      self._ranges[transform]
+      for transform in self._transforms(node.path, point)
+      if self._ranges.get(transform)
+    ]
+    return ranges[-1] if ranges else None
 
   def _call(self, node, args, kwargs):
     with tf.name_scope(SCOPE + node.path.replace('/', '.')):
@@ -167,13 +234,24 @@ class Lowered:
         mapping, bias = self._weights[node]
         mapping = [(variable, tf.constant(value)) for variable, value in mapping]
         with keras.StatelessScope(state_mapping=mapping):
-          outputs = node.operation(*args, **kwargs)
-        outputs = outputs if bias is None else tf.nn.bias_add(outputs, tf.constant(bias))
+          outputs = integer.call_weighted(node.operation, args, kwargs, bias)
+      elif node in self._depthwise:
+        outputs = self._call_depthwise(node, args, kwargs)
       else:
         outputs = node.operation(*args, **kwargs)
       for transform in self._transforms(node.path, 'output'):
         outputs = self._transformed(transform, outputs)
     return outputs
+
+  def _call_depthwise(self, node, args, kwargs):
+    layer, low_high = node.operation, self._input_range(node)
+    if not integer.is_average(layer):
+      return integer.depthwise(args[0], *self._depthwise[node])
+    if integer.averages_whole_windows(layer):
+      return integer.depthwise(args[0], *self._depthwise[node], layer.strides)
+    outputs = layer(*args, **kwargs)
+    outputs = integer.fake_quantize(outputs, low_high) if low_high else outputs
+    return integer.depthwise(outputs, *self._depthwise[node])
 
   def _transformed(self, transform, x):
     """Applies an activation's transform: quantizers by the converters' own operation."""
@@ -181,8 +259,7 @@ class Lowered:
       return transform(x, training=False)
     if not self._ranges.get(transform):
       return x
-    low, high = self._ranges[transform]
-    return tf.quantization.fake_quant_with_min_max_args(x, low, high, num_bits=8)
+    return integer.fake_quantize(x, self._ranges[transform])
 
 
 def _distinct(paths):

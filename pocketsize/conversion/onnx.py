@@ -1,8 +1,8 @@
 """ONNX files: tf2onnx, then integer kernels with their DequantizeLinear.
 
-tf2onnx turns fake quantizers of activations into QuantizeLinear/DequantizeLinear pairs but folds those of
-weights into float constants; so kernels reach it as stand-ins (see `kernels.stand_in`) and get their int8
-values, scales and int32 biases here.
+tf2onnx turns fake quantizers of activations into QuantizeLinear/DequantizeLinear pairs but folds
+those of weights into float constants; so kernels reach it as stand-ins (see `kernels.stand_in`) and
+get their int8 values, scales and int32 biases here.
 """
 
 import logging
@@ -29,13 +29,16 @@ def convert(lowered, path):
   graph = OnnxGraph(onnx, model)
   graph.rename(lowered.input_names, lowered.output_names)
   graph.merge_dense()
-  for kernel, (_, stand_in) in zip(lowered.kernels, lowered.stand_ins, strict=True):
+  for kernel, stand_in in zip(lowered.kernels, lowered.stand_ins, strict=True):
     graph.place(kernel, stand_in)
   if lowered.has_activations:
     graph.pair_moves()
     graph.quantize_biases()
   graph.tidy()
-  onnx.checker.check_model(model)
+  try:
+    onnx.checker.check_model(model)
+  except onnx.checker.ValidationError as error:
+    raise conversion_error('ONNX', error) from error
   onnx.save(model, str(path))
 
 

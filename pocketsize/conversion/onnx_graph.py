@@ -5,8 +5,20 @@ import numpy as np
 from pocketsize.conversion.kernels import channel_axis, layout
 
 # They move values: with a pair behind them, a runtime moves 8-bit codes.
-_MOVING = frozenset({'MaxPool', 'GlobalMaxPool', 'Pad', 'Transpose', 'Reshape', 'Squeeze', 'Unsqueeze', 'Slice',
-                     'Flatten', 'Gather'})
+_MOVING = frozenset(
+  {
+    'MaxPool',
+    'GlobalMaxPool',
+    'Pad',
+    'Transpose',
+    'Reshape',
+    'Squeeze',
+    'Unsqueeze',
+    'Slice',
+    'Flatten',
+    'Gather',
+  }
+)
 
 
 class OnnxGraph:
@@ -22,7 +34,10 @@ class OnnxGraph:
     self._graph = model.graph
 
   def _constants(self):
-    return {constant.name: self._onnx.numpy_helper.to_array(constant) for constant in self._graph.initializer}
+    return {
+      constant.name: self._onnx.numpy_helper.to_array(constant)
+      for constant in self._graph.initializer
+    }
 
   def _producers(self):
     return {name: node for node in self._graph.node for name in node.output}
@@ -34,8 +49,12 @@ class OnnxGraph:
     self._graph.initializer.append(self._onnx.numpy_helper.from_array(array, name))
 
   def _insert(self, index, operation, inputs, output, **attributes):
-    self._graph.node.insert(index, self._onnx.helper.make_node(
-      operation, inputs, [output], name=f'{output}_{operation}', **attributes))
+    self._graph.node.insert(
+      index,
+      self._onnx.helper.make_node(
+        operation, inputs, [output], name=f'{output}_{operation}', **attributes
+      ),
+    )
 
   def rename(self, inputs, outputs):
     """Names the model's inputs and outputs, in order, and the batch."""
@@ -50,13 +69,17 @@ class OnnxGraph:
           side[index] = renamed.get(name, name)
 
   def merge_dense(self):
-    """Makes one Gemm of a matrix product with a constant and the bias behind it, which runtimes run in int8."""
+    """Makes one Gemm, which runtimes run in int8, of a matrix product and the bias behind it."""
     constants = self._constants()
     ranks = self._ranks()
     for product in [node for node in self._graph.node if node.op_type == 'MatMul']:
       readers = self._readers(product.output[0])
-      if (len(readers) != 1 or readers[0].op_type != 'Add' or product.input[1] not in constants
-          or ranks.get(product.input[0]) != 2):
+      if (
+        len(readers) != 1
+        or readers[0].op_type != 'Add'
+        or product.input[1] not in constants
+        or ranks.get(product.input[0]) != 2
+      ):
         continue
       bias = next((name for name in readers[0].input if name != product.output[0]), None)
       if bias in constants and constants[bias].ndim == 1:
@@ -66,16 +89,24 @@ class OnnxGraph:
         self._graph.node.remove(readers[0])
 
   def _ranks(self):
-    model = self._onnx.helper.make_model(self._graph, opset_imports=[self._onnx.helper.make_opsetid('', 17)])
+    model = self._onnx.helper.make_model(
+      self._graph, opset_imports=[self._onnx.helper.make_opsetid('', 17)]
+    )
     graph = self._onnx.shape_inference.infer_shapes(model).graph
-    return {value.name: len(value.type.tensor_type.shape.dim)
-            for values in (graph.input, graph.value_info, graph.output) for value in values
-            if value.type.tensor_type.HasField('shape')}
+    return {
+      value.name: len(value.type.tensor_type.shape.dim)
+      for values in (graph.input, graph.value_info, graph.output)
+      for value in values
+      if value.type.tensor_type.HasField('shape')
+    }
 
   def place(self, kernel, stand_in):
     """Puts a `Kernel` in the place of its stand-in, a float32 array in Keras' layout."""
     for constant in self._graph.initializer:
-      if constant.data_type != self._onnx.TensorProto.FLOAT or np.prod(constant.dims) != stand_in.size:
+      if (
+        constant.data_type != self._onnx.TensorProto.FLOAT
+        or np.prod(constant.dims) != stand_in.size
+      ):
         continue
       order = layout(stand_in, self._onnx.numpy_helper.to_array(constant))
       if order is not None:
@@ -91,7 +122,11 @@ class OnnxGraph:
       return
     scale = kernel.scale.transpose(order).reshape(shape)
     axis = channel_axis(scale)
-    scale = scale.ravel()[0] if axis is None else np.moveaxis(scale, axis, 0).reshape(shape[axis], -1)[:, 0]
+    scale = (
+      scale.ravel()[0]
+      if axis is None
+      else np.moveaxis(scale, axis, 0).reshape(shape[axis], -1)[:, 0]
+    )
     self._add_constant(f'{name}_codes', kernel.codes.transpose(order).reshape(shape))
     self._add_dequantize(name, f'{name}_codes', np.asarray(scale, np.float32), axis or 0, np.int8)
 
@@ -102,12 +137,16 @@ class OnnxGraph:
     self._insert(0, 'DequantizeLinear', [codes, f'{name}_scale', f'{name}_zero'], name, axis=axis)
 
   def pair_moves(self):
-    """Puts a QuantizeLinear/DequantizeLinear pair behind operations that only move quantized values."""
+    """Puts a QuantizeLinear/DequantizeLinear pair behind what only moves quantized values."""
     for node in list(self._graph.node):
       source = self._producers().get(node.input[0]) if node.input else None
       readers = self._readers(node.output[0])
-      if (node.op_type not in _MOVING or source is None or source.op_type != 'DequantizeLinear'
-          or all(reader.op_type == 'QuantizeLinear' for reader in readers)):
+      if (
+        node.op_type not in _MOVING
+        or source is None
+        or source.op_type != 'DequantizeLinear'
+        or all(reader.op_type == 'QuantizeLinear' for reader in readers)
+      ):
         continue
       name, step = node.output[0], list(source.input[1:])
       node.output[0] = f'{name}_moved'
@@ -118,30 +157,44 @@ class OnnxGraph:
   def quantize_biases(self):
     """Makes biases int32 multiples of (input step * weight step), as integer kernels want them.
 
-    A layer with quantized input but float weights gets an int32 bias of a very fine step instead: a float
-    bias would let ONNX Runtime quantize the weights by itself, to one int8 scale for the whole kernel.
+    A layer with quantized input but float weights gets an int32 bias of a very fine step instead: a
+    float bias would let ONNX Runtime quantize the weights by itself, to one int8 scale for the whole
+    kernel (its pass WeightBiasQuantization).
     """
     constants, producers = self._constants(), self._producers()
     for node in list(self._graph.node):
       if node.op_type not in ('Conv', 'ConvTranspose', 'Gemm'):
         continue
-      input_step, weight_step = (self._step(producers.get(name), constants) for name in node.input[:2])
+      input_step, weight_step = (
+        self._step(producers.get(name), constants) for name in node.input[:2]
+      )
       if input_step is None or (weight_step is not None and len(node.input) < 3):
         continue
-      bias = (constants[node.input[2]] if len(node.input) > 2
-              else np.zeros(constants[node.input[1]].shape[0 if node.op_type == 'Conv' else 1], np.float32))
-      fine = max(np.abs(bias).max(), 1e-6) / 2.0 ** 30
+      bias = (
+        constants[node.input[2]]
+        if len(node.input) > 2
+        else np.zeros(
+          constants[node.input[1]].shape[0 if node.op_type == 'Conv' else 1], np.float32
+        )
+      )
+      fine = max(np.abs(bias).max(), 1e-6) / 2.0**30
       scale = np.broadcast_to(fine if weight_step is None else input_step * weight_step, bias.shape)
       scale = scale.astype(np.float32)
       name = f'{node.name}_bias'
-      self._add_constant(f'{name}_codes', np.round(bias / scale.astype(np.float64)).astype(np.int32))
+      self._add_constant(
+        f'{name}_codes', np.round(bias / scale.astype(np.float64)).astype(np.int32)
+      )
       self._add_dequantize(name, f'{name}_codes', scale, 0, np.int32)
       node.input[2:] = [name]
 
   @staticmethod
   def _step(source, constants):
-    """Returns the scale of what DequantizeLinear node `source` computes, or None for any other node."""
-    return constants[source.input[1]] if source is not None and source.op_type == 'DequantizeLinear' else None
+    """Returns the scale of what DequantizeLinear node `source` computes, None for another node."""
+    return (
+      constants[source.input[1]]
+      if source is not None and source.op_type == 'DequantizeLinear'
+      else None
+    )
 
   def tidy(self):
     """Removes constants that nobody reads."""

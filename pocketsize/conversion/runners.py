@@ -21,8 +21,10 @@ class Runner:
 
   def __call__(self, *arrays):
     if [array.shape[1:] for array in arrays] != [shape[1:] for shape in self.shapes]:
-      raise UserError(f'The file takes arrays of shapes {self.shapes}. '
-                      f'Received: {[array.shape for array in arrays]}.')
+      raise UserError(
+        f'The file takes arrays of shapes {self.shapes}. '
+        f'Received: {[array.shape for array in arrays]}.'
+      )
     return self._call(*[np.ascontiguousarray(array) for array in arrays])
 
 
@@ -70,16 +72,21 @@ def _open_tflite(path, threads):
     interpreter.invoke()
     return [interpreter.get_tensor(detail['index']) for detail in outputs]
 
-  return Runner(run, [tuple(detail['shape']) for detail in inputs])
+  return Runner(run, [tuple(map(int, detail['shape'])) for detail in inputs])
 
 
 def _open_onnx(path, threads):
   ort = require('onnxruntime', 'to run ONNX files')
-  session = ort.InferenceSession(str(path), session_options(threads), providers=['CPUExecutionProvider'])
+  session = ort.InferenceSession(
+    str(path), session_options(threads), providers=['CPUExecutionProvider']
+  )
   inputs = session.get_inputs()
   return Runner(
-    lambda *arrays: session.run(None, {value.name: array for value, array in zip(inputs, arrays, strict=True)}),
-    [tuple(value.shape) for value in inputs])
+    lambda *arrays: session.run(
+      None, {value.name: array for value, array in zip(inputs, arrays, strict=True)}
+    ),
+    [tuple(value.shape) for value in inputs],
+  )
 
 
 def session_options(threads):
@@ -87,7 +94,7 @@ def session_options(threads):
   options = require('onnxruntime', 'to run ONNX files').SessionOptions()
   options.intra_op_num_threads = options.inter_op_num_threads = threads
   options.log_severity_level = 3
-  # Level 1 is float32; the default quantizes the inputs of dense layers whose weights alone are integers.
+  # Level 1 is float32; the default quantizes the inputs of dense layers whose weights alone are int8.
   options.add_session_config_entry('session.qdq_matmulnbits_accuracy_level', '1')
   return options
 
@@ -104,12 +111,19 @@ def _open_openvino(path, threads):
     results = request_by_shapes[shapes].infer(list(arrays))
     return [np.array(results[index]) for index in range(len(results))]
 
-  return Runner(run, [tuple(dimension.get_length() if dimension.is_static else None
-                            for dimension in value.partial_shape) for value in model.inputs])
+  return Runner(
+    run,
+    [
+      tuple(
+        dimension.get_length() if dimension.is_static else None for dimension in value.partial_shape
+      )
+      for value in model.inputs
+    ],
+  )
 
 
 def compile_openvino(path, threads, shapes):
-  """Returns OpenVINO's compiled model of an .xml file, for one request at a time and the least latency.
+  """Returns OpenVINO's compiled model of an .xml file, for one request at a time.
 
   Args:
     path, threads: as in `open_file`.
@@ -119,11 +133,19 @@ def compile_openvino(path, threads, shapes):
   core = openvino.Core()
   model = core.read_model(str(path))
   model.reshape({value: list(shape) for value, shape in zip(model.inputs, shapes, strict=True)})
-  return core.compile_model(model, 'CPU', {
-    'INFERENCE_NUM_THREADS': threads, 'PERFORMANCE_HINT': 'LATENCY', 'NUM_STREAMS': 1,
-    # The default is bfloat16 where the processor has it, and dense layers with quantized inputs where only
-    # the weights are integers.
-    'INFERENCE_PRECISION_HINT': 'f32', 'DYNAMIC_QUANTIZATION_GROUP_SIZE': 0})
+  return core.compile_model(
+    model,
+    'CPU',
+    {
+      'INFERENCE_NUM_THREADS': threads,
+      'PERFORMANCE_HINT': 'LATENCY',
+      'NUM_STREAMS': 1,
+      # The default is bfloat16 where the processor has it, and dense layers with quantized inputs where only
+      # the weights are integers.
+      'INFERENCE_PRECISION_HINT': 'f32',
+      'DYNAMIC_QUANTIZATION_GROUP_SIZE': 0,
+    },
+  )
 
 
 _OPENERS = {'.tflite': _open_tflite, '.onnx': _open_onnx, '.xml': _open_openvino}

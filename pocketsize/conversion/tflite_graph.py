@@ -6,7 +6,7 @@ import numpy as np
 
 from pocketsize.conversion.kernels import channel_axis
 
-_FLOAT32, _INT8 = 0, 9
+_FLOAT32, _INT32, _INT8 = 0, 2, 9
 _DEQUANTIZE, _QUANTIZE = 6, 114
 
 
@@ -19,17 +19,39 @@ class TfliteGraph:
 
   def __init__(self, content):
     from tensorflow.lite.tools import flatbuffer_utils
+
     self._utils = flatbuffer_utils
     self._schema = flatbuffer_utils.schema_fb
     self._model = flatbuffer_utils.convert_bytearray_to_object(content)
     self._graph = self._model.subgraphs[0]
 
   def constants(self):
-    """Yields (tensor, [size] int8 or float32 array) of the constants of these types."""
+    """Yields (tensor, values) of the float32 constants, and of the int8 ones dequantized."""
     for number, tensor in enumerate(self._graph.tensors):
       data = self._model.buffers[tensor.buffer].data
-      if data is not None and len(data) and tensor.type in (_FLOAT32, _INT8):
-        yield number, np.asarray(data).view(np.int8 if tensor.type == _INT8 else np.float32)
+      if data is None or not len(data) or tensor.type not in (_FLOAT32, _INT8):
+        continue
+      array = (
+        np.asarray(data)
+        .view(np.float32 if tensor.type == _FLOAT32 else np.int8)
+        .reshape(tensor.shape)
+      )
+      if tensor.type == _INT8:
+        scale, shape = tensor.quantization.scale, [1] * array.ndim
+        if len(scale) > 1:
+          shape[tensor.quantization.quantizedDimension] = -1
+        array = array * np.reshape(scale, shape if array.ndim else ())
+      yield number, array
+
+  def _store(self, tensor, array):
+    """Sets a constant's data; where equal constants of the file share them, it gets its own."""
+    stored = self._graph.tensors[tensor]
+    if sum(other.buffer == stored.buffer for other in self._graph.tensors) > 1:
+      self._model.buffers.append(self._schema.BufferT())
+      stored.buffer = len(self._model.buffers) - 1
+    self._model.buffers[stored.buffer].data = np.frombuffer(
+      np.ascontiguousarray(array).tobytes(), np.uint8
+    )
 
   def is_int8(self, tensor):
     """Returns whether a tensor is int8."""
@@ -39,26 +61,64 @@ class TfliteGraph:
     """Makes a constant float32, with `values` in its layout."""
     self._graph.tensors[tensor].type = _FLOAT32
     self._graph.tensors[tensor].quantization = None
-    self._model.buffers[self._graph.tensors[tensor].buffer].data = _bytes(values.astype(np.float32))
+    self._store(tensor, values.astype(np.float32))
 
   def set_int8(self, tensor, codes, scale):
     """Makes a constant int8 with `codes` and `scale`, arrays in its layout up to its shape."""
     stored = self._graph.tensors[tensor]
-    self._model.buffers[stored.buffer].data = _bytes(codes)
     scale = scale.reshape(stored.shape)
-    old = stored.quantization if stored.type == _INT8 else None
-    if old is not None and len(old.scale) > 1:
-      axis = old.quantizedDimension
-    else:
-      axis = channel_axis(scale)
-    vector = scale.ravel()[:1] if axis is None else np.moveaxis(scale, axis, 0).reshape(scale.shape[axis], -1)[:, 0]
-    if old is not None and len(old.scale) != len(vector):
-      raise RuntimeError(f'The TFLite converter gave {stored.name!r} {len(old.scale)} scales for {len(vector)}.')
+    axis = channel_axis(scale)
+    if self.is_int8(tensor) and len(stored.quantization.scale) > 1:
+      axis = stored.quantization.quantizedDimension
+    vector = (
+      scale.ravel()[:1]
+      if axis is None
+      else np.moveaxis(scale, axis, 0).reshape(scale.shape[axis], -1)[:, 0]
+    )
     stored.type = _INT8
-    stored.quantization = self._schema.QuantizationParametersT()
-    stored.quantization.scale = vector.astype(np.float32)
-    stored.quantization.zeroPoint = np.zeros(len(vector), np.int64)
-    stored.quantization.quantizedDimension = axis or 0
+    stored.quantization = self._quantization(vector, axis or 0)
+    self._store(tensor, codes)
+
+  def _quantization(self, scale, axis):
+    quantization = self._schema.QuantizationParametersT()
+    quantization.scale = scale.astype(np.float32)
+    quantization.zeroPoint = np.zeros(len(scale), np.int64)
+    quantization.quantizedDimension = axis
+    return quantization
+
+  def set_bias(self, tensor, bias):
+    """Gives the operators that read kernel `tensor` their int32 bias.
+
+    Its step is the input's times the weights'.
+
+    Args:
+      tensor: an int8 kernel.
+      bias: [channels] float array; None for zeros.
+    """
+    weight_step = self._graph.tensors[tensor].quantization.scale
+    for op in self._readers(tensor):
+      for number in self._biases(op, tensor):
+        source = next(
+          self._graph.tensors[other]
+          for other in op.inputs
+          if other != tensor and self.is_int8(other)
+        )
+        step = np.asarray(source.quantization.scale[0] * weight_step, np.float64)
+        values = np.zeros(self._graph.tensors[number].shape) if bias is None else bias
+        self._graph.tensors[number].quantization = self._quantization(step, 0)
+        self._store(number, np.round(values / step).astype(np.int32))
+
+  def _readers(self, tensor):
+    return [op for op in self._graph.operators if tensor in op.inputs]
+
+  def _biases(self, op, kernel):
+    """Returns the int32 constants that `op` reads behind its kernel: its bias, if it has one."""
+    place = list(op.inputs).index(kernel)
+    return [
+      number
+      for number in op.inputs[place + 1 :]
+      if number >= 0 and self._graph.tensors[number].type == _INT32
+    ]
 
   def dequantize(self, tensor):
     """Puts a DEQUANTIZE between an int8 constant and the operators that read it."""
@@ -77,12 +137,11 @@ class TfliteGraph:
       bias: [channels] float32, or None.
     """
     self.set_float(tensor, values)
-    for op in [op for op in self._graph.operators if tensor in op.inputs]:
-      place = list(op.inputs).index(tensor)
-      for number in op.inputs[place + 1:]:
-        if number >= 0 and self._graph.tensors[number].type not in (_FLOAT32, _INT8):
-          zeros = np.zeros(self._graph.tensors[number].shape, np.float32)
-          self.set_float(number, zeros if bias is None else bias)
+    for op in self._readers(tensor):
+      for number in self._biases(op, tensor):
+        self.set_float(
+          number, np.zeros(self._graph.tensors[number].shape) if bias is None else bias
+        )
       for number in [number for number in op.inputs if number >= 0 and self.is_int8(number)]:
         output = self._add_tensor(number, '_float')
         self._replace(op, 'inputs', number, output)
@@ -100,7 +159,11 @@ class TfliteGraph:
     return len(self._graph.tensors) - 1
 
   def _replace(self, op, side, old, new):
-    setattr(op, side, np.array([new if number == old else number for number in getattr(op, side)], np.int32))
+    setattr(
+      op,
+      side,
+      np.array([new if number == old else number for number in getattr(op, side)], np.int32),
+    )
 
   def _insert(self, index, code, source, target):
     op = self._schema.OperatorT()
@@ -130,7 +193,3 @@ class TfliteGraph:
     """Writes the file at `path`."""
     with open(path, 'wb') as file:
       file.write(self._utils.convert_object_to_bytearray(self._model))
-
-
-def _bytes(array):
-  return np.frombuffer(np.ascontiguousarray(array).tobytes(), np.uint8)

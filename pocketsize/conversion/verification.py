@@ -1,4 +1,4 @@
-"""Files are believed only after they ran: accuracy, difference from Keras, operations, size and latency."""
+"""Files are believed only after they ran: accuracy, difference from Keras, operations, latency."""
 
 import gzip
 import pathlib
@@ -12,8 +12,8 @@ from pocketsize.conversion.inspection import count_ops
 from pocketsize.conversion.runners import open_file
 from pocketsize.errors import UserError
 
-# A burst is short enough that a busy moment of the machine meets all files alike, and long enough that
-# the caches belong to the file that is measured.
+# A burst is short enough that a busy moment of the machine meets all files alike, and long enough
+# that the caches belong to the file that is measured.
 _BURST = 10
 
 
@@ -30,7 +30,9 @@ def verify(file, batches, reference, evaluator, latency_rounds=30):
   Returns:
     One entry of the report's `files`.
   """
-  return verify_files([file], lambda: batches, {True: reference, False: reference}, evaluator, latency_rounds)[0]
+  return verify_files(
+    [file], lambda: batches, {True: reference, False: reference}, evaluator, latency_rounds
+  )[0]
 
 
 def verify_files(files, batches, references, evaluator, latency_rounds=30):
@@ -45,28 +47,43 @@ def verify_files(files, batches, references, evaluator, latency_rounds=30):
     latency_rounds: see `latency`.
 
   Returns:
-    A list of dicts: format, path, bytes (of all its files), gzip_bytes, metrics, latency_ms (one thread,
-    batch 1, measured in turn with the others), max_abs_diff (from Keras), int8_ops, float_ops, note.
+    A list of dicts: format, path, bytes (of all its parts), gzip_bytes, metrics, latency_ms (one
+    thread, batch 1, measured in turn with the others), max_abs_diff (from Keras), int8_ops,
+    float_ops, note.
 
   Raises:
     UserError: a runtime's package is missing, or the samples do not fit.
   """
   entries = []
   for file in files:
-    metrics, difference = _run(file.path, batches(), references[file.format in QUANTIZED_FORMATS], evaluator)
+    metrics, difference = _run(
+      file.path, batches(), references[file.format in QUANTIZED_FORMATS], evaluator
+    )
     int8_ops, float_ops = count_ops(file.path)
     content = [path.read_bytes() for path in parts(file.path)]
-    entries.append({
-      'format': file.format, 'path': str(file.path), 'bytes': sum(map(len, content)),
-      'gzip_bytes': sum(len(gzip.compress(part, mtime=0)) for part in content), 'metrics': metrics, 'latency_ms': None,
-      'max_abs_diff': difference, 'int8_ops': int8_ops, 'float_ops': float_ops, 'note': file.note})
-  for entry, milliseconds in zip(entries, latency([file.path for file in files], latency_rounds), strict=True):
+    entries.append(
+      {
+        'format': file.format,
+        'path': str(file.path),
+        'bytes': sum(map(len, content)),
+        'gzip_bytes': sum(len(gzip.compress(part, mtime=0)) for part in content),
+        'metrics': metrics,
+        'latency_ms': None,
+        'max_abs_diff': difference,
+        'int8_ops': int8_ops,
+        'float_ops': float_ops,
+        'note': file.note,
+      }
+    )
+  for entry, milliseconds in zip(
+    entries, latency([file.path for file in files], latency_rounds), strict=True
+  ):
     entry['latency_ms'] = round(milliseconds, 4)
   return entries
 
 
 def parts(path):
-  """Returns the paths of which an exported file consists: OpenVINO's weights lie beside the .xml."""
+  """Returns the paths that make up an exported file: OpenVINO's weights lie beside the .xml."""
   path = pathlib.Path(path)
   return [path, path.with_suffix('.bin')] if path.suffix == '.xml' else [path]
 
@@ -85,24 +102,28 @@ def _run(path, batches, reference, evaluator):
     outputs = runner(*(x if isinstance(x, tuple) else (x,)))
     outputs = outputs[0] if len(outputs) == 1 else outputs
     evaluator.update(y, outputs)
-    expected = reference[samples:samples + len(y)]
+    expected = reference[samples : samples + len(y)]
     if np.shape(expected) != np.shape(outputs):
-      raise UserError(f'Argument `reference` must hold the outputs for the same samples. Received: shape '
-                      f'{np.shape(reference)}, and {np.shape(outputs)} from {path} at sample {samples}.')
+      raise UserError(
+        f'Argument `reference` must hold the outputs for the same samples. Received: shape '
+        f'{np.shape(reference)}, and {np.shape(outputs)} from {path} at sample {samples}.'
+      )
     difference = max(difference, float(np.max(np.abs(outputs - expected), initial=0.0)))
     samples += len(y)
   if samples != len(reference):
-    raise UserError(f'Argument `reference` must hold the outputs for the same samples. Received: {len(reference)} '
-                    f'outputs, {samples} samples.')
+    raise UserError(
+      f'Argument `reference` must hold the outputs for the same samples. Received: '
+      f'outputs, {samples} samples.'
+    )
   return evaluator.result(), difference
 
 
 def latency(paths, rounds=30, threads=1):
-  """Measures several files in turn, so that their ratios hold on a machine that does other things too.
+  """Measures several files in turn, so that their ratios hold on a busy machine too.
 
   Args:
     paths: exported files.
-    rounds: each round calls every file in a burst of 10 after one call to warm up, in rotating order.
+    rounds: each calls every file in a burst of 10 after one call to warm up, in rotating order.
     threads: of each runtime.
 
   Returns:
@@ -110,7 +131,10 @@ def latency(paths, rounds=30, threads=1):
   """
   rng = np.random.default_rng(0)
   runners = [open_file(path, threads) for path in paths]
-  inputs = [[rng.normal(size=(1, *shape[1:])).astype(np.float32) for shape in runner.shapes] for runner in runners]
+  inputs = [
+    [rng.normal(size=(1, *shape[1:])).astype(np.float32) for shape in runner.shapes]
+    for runner in runners
+  ]
   seconds = [[] for _ in runners]
   for turn in range(rounds):
     for index in np.roll(np.arange(len(runners)), turn):

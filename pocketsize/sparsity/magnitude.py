@@ -1,7 +1,7 @@
 """Gradual magnitude pruning of single weights (Zhu & Gupta 2017, arXiv:1710.01878).
 
-Deviation 1: a mask acts in the forward pass, so pruned weights get no gradient, keep their last live
-value, and come back when the threshold or their neighbours leave them above it.
+Deviation 1: a mask acts in the forward pass, so pruned weights get no gradient of the task, keep their
+value but for weight decay, and come back when the threshold or their neighbours leave them above it.
 Deviation 2: the optimizer's slots are not reset when a mask changes; momentum of a pruned weight decays
 by itself.
 """

@@ -1,13 +1,15 @@
-"""Times the training step of ResNet-20: float, compressed by us, and compressed by tfmot in tf_keras.
+"""Times the training step of ResNet-20: float, compressed by us, compressed by tfmot in tf_keras.
 
     scripts/run_local.sh tools/benchmark/step_time.py --rounds=40 --json=FILE
 
-A round is one step of every variant, in an order that rotates, so that a busy machine is busy for all;
-a ratio is the median of the rounds' ratios. What an algorithm does every n-th step only (new masks, new
-scales) is timed in rounds of its own, and 1/n of it is added to the ratios.
+A round is one step of every variant, in an order that rotates, so that a busy machine is busy for
+all; a ratio is the median of the rounds' ratios. What an algorithm does every n-th step only (new
+masks, new scales) is timed in rounds of its own, and 1/n of it is added to the ratios.
 """
 
+import importlib.metadata
 import importlib.util
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -32,10 +34,11 @@ from pocketsize.quantization.uniform import UniformConfig
 from pocketsize.sparsity.magnitude import MagnitudeConfig
 
 USER_ERROR = 2
+REFERENCES = ('tf_keras', 'tensorflow_model_optimization')
 LEARNING_RATE, MOMENTUM = 0.01, 0.9
 # Pruning late in the growth of a long run: masks hold the full ratio, and still change.
 RATIO, PRUNING_STEPS, FIRST_STEP = 0.75, 100_000, 99_000
-UPDATE_ROUNDS = 5
+UPDATE_ROUNDS = 10
 WARM_UP_STEPS = 2
 
 
@@ -85,7 +88,9 @@ class Bench:
     """Returns the variant that trains a Keras 3 model after `before(number)`."""
     model.compile(
       keras.optimizers.SGD(LEARNING_RATE, MOMENTUM),
-      keras.losses.SparseCategoricalCrossentropy(from_logits=True), jit_compile=False)
+      keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+      jit_compile=False,
+    )
     model.make_train_function()
     return self._variant(model.train_function, before, **fields)
 
@@ -95,7 +100,9 @@ class Bench:
 
     model.compile(
       tf_keras.optimizers.SGD(LEARNING_RATE, MOMENTUM),
-      tf_keras.losses.SparseCategoricalCrossentropy(from_logits=True), jit_compile=False)
+      tf_keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+      jit_compile=False,
+    )
     return self._variant(model.make_train_function(), before, **fields)
 
   def _variant(self, train, before, **fields):
@@ -115,12 +122,14 @@ class Bench:
 
 def _magnitude(bench):
   return bench.compressed(
-    MagnitudeConfig.update_every, algorithm='magnitude', ratio=RATIO, end_step=PRUNING_STEPS)
+    MagnitudeConfig.update_every, algorithm='magnitude', ratio=RATIO, end_step=PRUNING_STEPS
+  )
 
 
 def _uniform(bench, activation_bits):
   return bench.compressed(
-    UniformConfig.scale_every, algorithm='uniform', weight_bits=8, activation_bits=activation_bits)
+    UniformConfig.scale_every, algorithm='uniform', weight_bits=8, activation_bits=activation_bits
+  )
 
 
 def _tfmot_quantize(bench):
@@ -132,7 +141,9 @@ def _tfmot_quantize(bench):
 def _tfmot_prune(bench):
   from tensorflow_model_optimization.sparsity import keras as sparsity
 
-  schedule = sparsity.PolynomialDecay(0.0, RATIO, 0, PRUNING_STEPS, frequency=MagnitudeConfig.update_every)
+  schedule = sparsity.PolynomialDecay(
+    0.0, RATIO, 0, PRUNING_STEPS, frequency=MagnitudeConfig.update_every
+  )
   model = sparsity.prune_low_magnitude(bench.twin(), pruning_schedule=schedule)
   callback = sparsity.UpdatePruningStep()
   callback.set_model(model)
@@ -144,7 +155,8 @@ def _tfmot_prune(bench):
       layer.pruning_step.assign(number - 1)
 
   return bench.tf_keras(
-    model, callback.on_train_batch_begin, prepare=prepare, update_every=MagnitudeConfig.update_every)
+    model, callback.on_train_batch_begin, prepare=prepare, update_every=MagnitudeConfig.update_every
+  )
 
 
 # Name -> (function of the Bench, whether it needs tf_keras and tfmot).
@@ -175,12 +187,17 @@ class Options:
     check_options(self)
     unknown = [name for name in self.names if name not in VARIANTS]
     if unknown:
-      raise UserError(f'--variants must be of {", ".join(VARIANTS)}. Received: {", ".join(map(repr, unknown))}.')
-    missing = [name for name in ('tf_keras', 'tensorflow_model_optimization') if not importlib.util.find_spec(name)]
+      raise UserError(
+        f'--variants must be among {", ".join(VARIANTS)}. '
+        f'Received: {", ".join(map(repr, unknown))}.'
+      )
+    missing = [name for name in REFERENCES if not importlib.util.find_spec(name)]
     if missing and any(VARIANTS[name][1] for name in self.names):
       needed = ', '.join(name for name in self.names if VARIANTS[name][1])
-      raise UserError(f'--variants={needed} need the packages of requirements-dev.txt. '
-                      f'Not installed: {", ".join(missing)}.')
+      raise UserError(
+        f'--variants={needed} need the packages of requirements-dev.txt. '
+        f'Not installed: {", ".join(missing)}.'
+      )
 
   @property
   def names(self):
@@ -201,9 +218,10 @@ def measure(variants, rounds):
       with_update = index >= rounds
       first = index % len(names)
       for name in names[first:] + names[:first]:
-        seconds = _timed(variants[name], index, with_update)
-        (updating if with_update else plain)[name].append(seconds)
-      progress.say(index + 1, {'last': f'{sum(times[-1] for times in plain.values()):.1f} s'})
+        (updating if with_update else plain)[name].append(
+          _timed(variants[name], index, with_update)
+        )
+      progress.say(index + 1, {})
   return plain, updating
 
 
@@ -229,8 +247,13 @@ def summarize(plain, updating, update_every):
   for name, times in plain.items():
     every = update_every[name]
     update = np.median(updating[name]) - np.median(times)
-    row = {'variant': name, 'median_ms': 1e3 * float(np.median(times)), 'min_ms': 1e3 * min(times),
-           'update_ms': 1e3 * float(update) if every else None, 'update_every': every}
+    row = {
+      'variant': name,
+      'median_ms': 1e3 * float(np.median(times)),
+      'min_ms': 1e3 * min(times),
+      'update_ms': 1e3 * float(update) if every else None,
+      'update_every': every,
+    }
     for base in BASES:
       ratio = total = None
       if base in plain:
@@ -245,13 +268,25 @@ def summarize(plain, updating, update_every):
 def show(rows, title):
   """Prints the rows as a table."""
   console = Console(width=None if Console().is_terminal else 120)
-  table = Table(title=title, caption='The ratios are of medians over rounds and include the updates.')
-  for heading in ('variant', 'median ms', 'min ms', 'update ms', 'every', *(f'to {base}' for base in BASES)):
+  table = Table(
+    title=title, caption='The ratios are of medians over rounds and include the updates.'
+  )
+  for heading in (
+    'variant',
+    'median ms',
+    'min ms',
+    'update ms',
+    'every',
+    *(f'to {base}' for base in BASES),
+  ):
     table.add_column(heading, justify='left' if heading == 'variant' else 'right', no_wrap=True)
   for row in rows:
     table.add_row(
-      row['variant'], *(_text(row[key], '.1f') for key in ('median_ms', 'min_ms', 'update_ms')),
-      _text(row['update_every'], 'd'), *(_text(row[f'to_{base}_with_updates'], '.3f') for base in BASES))
+      row['variant'],
+      *(_text(row[key], '.1f') for key in ('median_ms', 'min_ms', 'update_ms')),
+      _text(row['update_every'], 'd'),
+      *(_text(row[f'to_{base}_with_updates'], '.3f') for base in BASES),
+    )
   console.print(table)
 
 
@@ -268,14 +303,34 @@ def run(options, command):
     variants[name] = variant = VARIANTS[name][0](bench)
     for index in range(WARM_UP_STEPS):
       _timed(variant, index, with_update=True)
-  rows = summarize(*measure(variants, options.rounds),
-                   {name: variant.update_every for name, variant in variants.items()})
-  show(rows, f'Training step of ResNet-20 ({options.shortcut}), batch {options.batch_size}, '
-             f'{options.rounds} rounds')
+  rows = summarize(
+    *measure(variants, options.rounds),
+    {name: variant.update_every for name, variant in variants.items()},
+  )
+  show(
+    rows,
+    f'Training step of ResNet-20 ({options.shortcut}), batch {options.batch_size}, '
+    f'{options.rounds} rounds',
+  )
   if options.json:
-    files.write_json(options.json, {
-      'command': command, 'versions': report.versions(), 'batch_size': options.batch_size,
-      'shortcut': options.shortcut, 'rounds': options.rounds, 'rows': rows})
+    files.write_json(
+      options.json,
+      {
+        'command': command,
+        'versions': report.versions() | _reference_versions(),
+        'cpus': os.cpu_count(),
+        'batch_size': options.batch_size,
+        'shortcut': options.shortcut,
+        'rounds': options.rounds,
+        'rows': rows,
+      },
+    )
+
+
+def _reference_versions():
+  return {
+    name: importlib.metadata.version(name) for name in REFERENCES if importlib.util.find_spec(name)
+  }
 
 
 def main(argv):

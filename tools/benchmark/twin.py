@@ -1,4 +1,4 @@
-"""The tf_keras twin of a Keras 3 model: what tfmot compresses and our training step is measured against.
+"""The tf_keras twin of a Keras 3 model: what tfmot compresses, and the measure of our own step.
 
 Covers the stock layers of `nets/`. Nested models are flattened, since tfmot refuses them.
 """
@@ -10,9 +10,17 @@ import tf_keras
 from pocketsize.graph import Graph
 
 TOLERANCE = 1e-4
-_COMMON = ('trainable',)
 _ARGUMENTS = {
-  'Conv2D': ('filters', 'kernel_size', 'strides', 'padding', 'dilation_rate', 'groups', 'activation', 'use_bias'),
+  'Conv2D': (
+    'filters',
+    'kernel_size',
+    'strides',
+    'padding',
+    'dilation_rate',
+    'groups',
+    'activation',
+    'use_bias',
+  ),
   'Dense': ('units', 'activation', 'use_bias'),
   'BatchNormalization': ('axis', 'momentum', 'epsilon', 'center', 'scale'),
   'ReLU': ('max_value', 'negative_slope', 'threshold'),
@@ -58,34 +66,44 @@ def build_twin(model):
 def _twin_layer(layer, name):
   kind = type(layer).__name__
   if type(layer) is not getattr(keras.layers, kind, None) or kind not in _ARGUMENTS:
-    raise ValueError(f'A twin has layers of the types {", ".join(_ARGUMENTS)}. '
-                     f'Received: {layer.name!r}, a {kind}.')
+    raise ValueError(
+      f'A twin has layers of the types {", ".join(_ARGUMENTS)}. Received: {layer.name!r}, a {kind}.'
+    )
   config = layer.get_config()
   return getattr(tf_keras.layers, kind)(
-    name=name, **{argument: config[argument] for argument in (*_COMMON, *_ARGUMENTS[kind])})
+    name=name, **{argument: config[argument] for argument in ('trainable', *_ARGUMENTS[kind])}
+  )
 
 
 def _pad_channels(node, shape, x):
   """Zero channels by layers that tfmot quantizes, which a Lambda is not.
 
-  To ZeroPadding2D the pixels are the rows, and the channels the columns, of an image with one channel.
+  ZeroPadding2D takes the pixels for rows and the channels for columns of a one-channel image.
   """
   padding = np.array(getattr(node.operation, 'pad_width', ()))
   if padding.shape != (4, 2) or padding[:3].any() or node.operation.mode != 'constant':
-    raise ValueError('A twin has no operator but `keras.ops.pad` of the channels with zeros. '
-                     f'Received: {node.path!r}.')
+    raise ValueError(
+      'A twin has no operator but `keras.ops.pad` of the channels with zeros. '
+      f'Received: {node.path!r}.'
+    )
   _, height, width, channels = shape
   before, after = map(int, padding[3])
   x = tf_keras.layers.Reshape((height * width, channels, 1), name=f'{node.path}_flat')(x)
   x = tf_keras.layers.ZeroPadding2D(((0, 0), (before, after)), name=node.path)(x)
-  return tf_keras.layers.Reshape((height, width, channels + before + after), name=f'{node.path}_image')(x)
+  return tf_keras.layers.Reshape(
+    (height, width, channels + before + after), name=f'{node.path}_image'
+  )(x)
 
 
 def _check(model, twin):
   """Raises a ValueError unless both compute the same on normal noise."""
   x = np.random.default_rng(0).normal(size=(2, *model.inputs[0].shape[1:])).astype(np.float32)
   expected = np.array(model(x, training=False))
-  difference = np.abs(expected - np.array(twin(x, training=False))).max() / max(np.abs(expected).max(), 1.0)
+  difference = np.abs(expected - np.array(twin(x, training=False))).max() / max(
+    np.abs(expected).max(), 1.0
+  )
   if not difference <= TOLERANCE:
-    raise ValueError(f'The twin of {model.name!r} must agree within {TOLERANCE} of the largest output, or '
-                     f'of 1. Received: a difference of {difference:.2g}.')
+    raise ValueError(
+      f'The twin of {model.name!r} must agree within {TOLERANCE} of the largest output, or '
+      f'of 1. Received: a difference of {difference:.2g}.'
+    )

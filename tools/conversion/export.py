@@ -1,4 +1,7 @@
-"""Exports a saved model: python -m tools.conversion.export --model=final.keras --output_dir=exports."""
+"""Exports a saved model.
+
+python -m tools.conversion.export --model=quantized.keras --output_dir=exports
+"""
 
 import pathlib
 
@@ -7,11 +10,18 @@ from absl import flags
 from pocketsize import conversion
 from tools import command
 
-_MODEL = flags.DEFINE_string('model', None, 'saved Keras model: quantized.keras, final.keras or any other .keras file')
+_MODEL = flags.DEFINE_string(
+  'model', None, 'saved Keras model: quantized.keras, final.keras or any other .keras file'
+)
 _OUTPUT = flags.DEFINE_string('output_dir', None, 'folder of the exported files')
 _FORMATS = flags.DEFINE_list(
-  'formats', None, f'comma-separated, out of {", ".join(conversion.FORMATS)}; default: all that the model has')
-_NAME = flags.DEFINE_string('name', None, "what the files' names begin with; default: the name of --model")
+  'formats',
+  None,
+  f'comma-separated, out of {", ".join(conversion.FORMATS)}; default: all that the model has',
+)
+_NAME = flags.DEFINE_string(
+  'name', None, "what the files' names begin with; default: the name of --model"
+)
 
 
 def main():

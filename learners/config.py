@@ -1,0 +1,66 @@
+"""The flags that every run has, whatever its learner and net."""
+
+import dataclasses
+
+from pocketsize import conversion
+from pocketsize.errors import UserError
+from pocketsize.options import check_options, option
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+  """Where a run gets its model, how it trains, what it writes."""
+
+  learner: str = option('full-prec', 'the algorithm')
+  exec_mode: str = option(
+    'train', 'train and export, or evaluate what a work folder holds', choices=('train', 'eval')
+  )
+  work_dir: str | None = option(None, 'folder of the run; unset: runs/<net>/<learner>')
+  pretrained: str | None = option(
+    None, 'file of the float model: .keras, .weights.h5 or .npz; unset: it is trained first'
+  )
+  seed: int = option(0, 'of initial weights, order of samples and augmentation', lower=0)
+  batch_size: int = option(128, 'samples of one worker in a training step', lower=1)
+  batch_size_eval: int = option(100, 'samples of an evaluation step', lower=1)
+  eval_split: str = option(
+    'test',
+    'evaluate on the test split, or on held-out training data (then not trained on)',
+    choices=('test', 'val'),
+  )
+  lrn_rate_ft: float | None = option(
+    None,
+    'learning rate at which a compressed model starts, down to 0 by a cosine; unset: a tenth of '
+    'lrn_rate_init',
+    above=0,
+  )
+  enbl_dst: bool = option(False, 'distill from the float model')
+  loss_w_dst: float = option(4.0, 'factor of the distillation loss', lower=0)
+  tempr_dst: float = option(4.0, 'temperature of the distillation', above=0)
+  save_path_dst: str | None = option(
+    None, "file of another teacher of the net's architecture; unset: the float model"
+  )
+  summ_step: int = option(100, 'steps between two reports', lower=1)
+  save_step: int = option(10000, 'steps between two checkpoints', lower=1)
+  export_formats: str = option(
+    ','.join(conversion.FORMATS), 'formats to write, comma-separated, or none'
+  )
+  enbl_multi_gpu: bool = option(False, 'several workers; set by the scripts')
+  debug: bool = option(False, 'show a traceback with an error of the user')
+
+  def __post_init__(self):
+    check_options(self)
+    unknown = [name for name in self.formats if name not in conversion.FORMATS]
+    if unknown:
+      raise UserError(
+        f'--export_formats must be none, or names out of {", ".join(conversion.FORMATS)}. '
+        f'Received: {unknown[0]!r}.'
+      )
+    if self.save_path_dst and not self.enbl_dst:
+      raise UserError(
+        '--save_path_dst names a teacher, but distillation is off: add --enbl_dst, or leave it out.'
+      )
+
+  @property
+  def formats(self):
+    """The names of the formats to write."""
+    return [name for name in self.export_formats.split(',') if name and name != 'none']

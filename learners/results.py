@@ -1,0 +1,145 @@
+"""What a run leaves behind: models, exported files that were run, and the report."""
+
+import json
+import time
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from pocketsize import conversion, report
+from pocketsize.errors import UserError
+from pocketsize.files import atomic_path, write_json
+from pocketsize.instrument import Instrumented, instrument, strip
+
+
+class Results:
+  """Writes and measures the results in a work folder; used by one process.
+
+  Args:
+    folder: the work folder, a path.
+    learner: the value of --learner.
+    helper: the net's `ModelHelper`.
+    run: `RunConfig`.
+    dataset: the helper's data set.
+  """
+
+  def __init__(self, folder, learner, helper, run, dataset):
+    self.folder = folder
+    self.learner = learner
+    self.helper = helper
+    self.run = run
+    self.dataset = dataset
+
+  def existing(self, name):
+    """Returns the path of a result, or raises a UserError if it is not there."""
+    if not (self.folder / name).exists():
+      raise UserError(
+        f'--exec_mode=eval needs a finished run in --work_dir. Received: {self.folder}, which has '
+        f'no {name}.'
+      )
+    return self.folder / name
+
+  def save(self, model):
+    """Writes final.keras and, if `model` (`Instrumented`) has quantizers, quantized.keras."""
+    save_keras(strip(model), self.folder / 'final.keras')
+    if conversion.is_quantized(model):
+      save_keras(model, self.folder / 'quantized.keras')
+
+  def write_report(self, float_model, model, seconds, began, command):
+    """Exports `model`, runs the files, writes report.json and prints its table.
+
+    Args:
+      float_model: the Keras model before compression.
+      model: `Instrumented`, trained.
+      seconds: {phase: seconds} so far; the phases of this method are added.
+      began: `time.monotonic()` at the start of the run.
+      command: the command line.
+
+    Returns:
+      The report.
+    """
+    formats = [name for name in self.run.formats if name in conversion.formats_for(model)]
+    print('exporting', flush=True)
+    exports = time.monotonic()
+    files = conversion.export(model, self.folder / 'exports', formats, name=self.helper.name)
+    write_json(
+      self.folder / 'exports' / 'files.json',
+      [{'format': file.format, 'name': file.path.name, 'note': file.note} for file in files],
+    )
+    seconds['export'] = round(time.monotonic() - exports, 2)
+    result = self._measure(float_model, model, files, seconds, began, command)
+    write_json(self.folder / 'report.json', result)
+    report.show(result)
+    return result
+
+  def show_again(self, float_model):
+    """Measures the models and files in the folder and prints the table; changes no file."""
+    quantized = self.folder / 'quantized.keras'
+    path = quantized if quantized.exists() else self.existing('final.keras')
+    model = keras.models.load_model(path, compile=False)
+    model = model if isinstance(model, Instrumented) else instrument(model)
+    files = [
+      conversion.ExportedFile(
+        entry['format'], self.folder / 'exports' / entry['name'], entry['note']
+      )
+      for entry in json.loads(self.existing('exports/files.json').read_text())
+    ]
+    report.show(self._measure(float_model, model, files, {}, time.monotonic(), ''))
+
+  def _measure(self, float_model, model, files, seconds, began, command):
+    print(
+      f'running the models and {len(files)} files on the {self.run.eval_split} split', flush=True
+    )
+    evaluation = time.monotonic()
+    float_metrics, _ = self._evaluate(instrument(float_model))
+    metrics, outputs = self._evaluate(model)
+    _, stripped_outputs = self._evaluate(instrument(strip(model)))
+    verification = time.monotonic()
+    entries = conversion.verify_files(
+      files, self._batches, {True: outputs, False: stripped_outputs}, self.helper.evaluator()
+    )
+    now = time.monotonic()
+    seconds |= {
+      'evaluation': round(verification - evaluation, 2),
+      'verification': round(now - verification, 2),
+      'total': round(now - began, 2),
+    }
+    return report.build(
+      model,
+      names={
+        'model': self.helper.name,
+        'dataset': self.helper.dataset_name,
+        'learner': self.learner,
+      },
+      float_metrics=float_metrics,
+      metrics=metrics,
+      bytes_=[(self.folder / name).stat().st_size for name in ('float.keras', 'final.keras')],
+      files=entries,
+      seconds=seconds,
+      command=command,
+      skipped=json.loads(self.existing('plan.json').read_text())['skipped'],
+    )
+
+  def _batches(self):
+    """Returns an iterator over the evaluation split as NumPy (x, y)."""
+    return self.dataset.load(
+      self.run.eval_split, batch=self.run.batch_size_eval
+    ).as_numpy_iterator()
+
+  def _evaluate(self, model):
+    """Returns (metrics, [samples, ...] outputs) of a model on the evaluation split."""
+    evaluator = self.helper.evaluator()
+    specs = [tf.TensorSpec((None, *x.shape[1:]), x.dtype) for x in model.source.inputs]
+    predict = tf.function(lambda *x: model(list(x), training=False), input_signature=specs)
+    kept = []
+    for x, y in self._batches():
+      kept.append(predict(x).numpy())
+      evaluator.update(y, kept[-1])
+    return evaluator.result(), np.concatenate(kept)
+
+
+def save_keras(model, path):
+  """Writes a Keras model, whole or not at all."""
+  with atomic_path(path) as temporary:
+    model.save(temporary)

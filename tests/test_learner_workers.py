@@ -1,0 +1,43 @@
+"""Learners with two real workers: equal weights, one writer, the same selection."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.test_runtime import finish, needs_horovod, start
+
+SMALL = ['--nb_epochs_rat=0.03', '--export_formats=none', '--batch_size=32']
+# Under xdist one process has all tests that start workers.
+pytestmark = pytest.mark.xdist_group('horovod')
+LEARNERS = {
+  'full-prec': ['--learner=full-prec'],
+  'uniform': [
+    '--learner=uniform',
+    '--uql_weight_bits=4',
+    '--uql_activation_bits=8',
+    '--uql_quant_epochs=1',
+  ],
+  'weight-sparse': [
+    '--learner=weight-sparse',
+    '--ws_prune_ratio_prtl=heurist',
+    '--ws_mask_update_step=3',
+    '--enbl_dst',
+  ],
+}
+
+
+@needs_horovod
+@pytest.mark.parametrize('learner', LEARNERS)
+def test_two_workers_end_with_equal_weights(tmp_path, learner):
+  process = start(
+    'learning.py', tmp_path, f'--work_dir={tmp_path / "work"}', *SMALL, *LEARNERS[learner]
+  )
+  code, output, errors = finish(process)
+  assert code == 0, output + errors
+  with np.load(tmp_path / 'rank0.npz') as one, np.load(tmp_path / 'rank1.npz') as other:
+    assert one.files == other.files and one.files
+    for name in one.files:
+      np.testing.assert_array_equal(one[name], other[name])
+  config = json.loads((tmp_path / 'work' / 'config.json').read_text())
+  assert config['enbl_multi_gpu'] is True

@@ -1,0 +1,213 @@
+"""Which tensors are quantized, and who reads them."""
+
+import keras
+import pytest
+from keras import layers
+from toys import conv_net, nested_net, sequential_net, shared_net
+
+from pocketsize.graph import Graph
+from pocketsize.quantization.placement import quantized_tensors
+
+
+def placed(model):
+  """Returns {path: nonnegative} of the quantized tensors."""
+  return {tensor.path: tensor.nonnegative for tensor in quantized_tensors(Graph(model))}
+
+
+def conv(x, name, **arguments):
+  return layers.Conv2D(4, 3, padding='same', name=name, **arguments)(x)
+
+
+def model_of(body, **arguments):
+  inputs = keras.Input((8, 8, 4), name='in', **arguments)
+  return keras.Model(inputs, body(inputs))
+
+
+def test_conv_batch_norm_relu_is_one_kernel_that_writes_one_tensor():
+  assert placed(conv_net()) == {
+    'images': False,
+    'relu0': True,
+    'relu1': True,
+    'pool': False,
+    'head': False,
+  }
+
+
+def test_a_fused_relu_belongs_to_its_conv_and_max_pool_and_flatten_write_nothing():
+  tensors = placed(sequential_net())
+  assert tensors == {'images': False, 'conv': True, 'head': False}
+
+
+def test_nested_models_are_seen_through():
+  assert placed(nested_net()) == {
+    'images': False,
+    'base/relu': True,
+    'base/conv': False,
+    'pool': False,
+    'head': False,
+  }
+
+
+def test_a_layer_called_twice_is_placed_once():
+  tensors = [tensor.path for tensor in quantized_tensors(Graph(shared_net()))]
+  assert sorted(tensors) == sorted(['images', 'conv', 'tower/conv', 'tower/pool', 'join', 'head'])
+
+
+def test_a_residual_block():
+  """The branch ends at its batch norm, the addition at its ReLU; the way past is read twice."""
+
+  def body(x):
+    y = layers.ReLU(name='relu1')(layers.BatchNormalization(name='bn1')(conv(x, 'conv1')))
+    y = layers.BatchNormalization(name='bn2')(conv(y, 'conv2'))
+    return layers.ReLU(name='relu2')(layers.Add(name='add')([x, y]))
+
+  assert placed(model_of(body)) == {'in': False, 'relu1': True, 'bn2': False, 'relu2': True}
+
+
+def test_an_addition_written_as_an_operator():
+  def body(x):
+    return keras.ops.relu(conv(x, 'conv') + x)
+
+  names = placed(model_of(body))
+  assert list(names.values()) == [False, False, True] and list(names)[:2] == ['in', 'conv']
+
+
+def test_concatenate_writes_a_tensor_of_its_own():
+  def body(x):
+    return layers.Concatenate(name='join')([conv(x, 'a', activation='relu'), conv(x, 'b')])
+
+  assert placed(model_of(body)) == {'in': False, 'a': True, 'b': False, 'join': False}
+
+
+def test_a_depthwise_separable_block():
+  def body(x):
+    x = layers.DepthwiseConv2D(3, name='depth')(x)
+    x = layers.ReLU(6.0, name='relu6')(layers.BatchNormalization(name='bn1')(x))
+    x = layers.BatchNormalization(name='bn2')(conv(x, 'point'))
+    return layers.Activation('relu6', name='act')(x)
+
+  assert placed(model_of(body)) == {'in': False, 'relu6': True, 'act': True}
+
+
+@pytest.mark.parametrize(
+  'mover',
+  [
+    layers.MaxPooling2D(name='m'),
+    layers.ZeroPadding2D(name='m'),
+    layers.Dropout(0.5, name='m'),
+    layers.Reshape((64, 4), name='m'),
+    layers.Cropping2D(name='m'),
+    layers.Activation('linear', name='m'),
+    layers.GlobalMaxPooling2D(name='m'),
+  ],
+  ids=lambda layer: type(layer).__name__,
+)
+def test_what_only_moves_values_gets_no_quantizer(mover):
+  mover = type(mover).from_config(mover.get_config())
+  assert placed(model_of(lambda x: mover(conv(x, 'conv')))) == {'in': False, 'conv': False}
+
+
+def test_average_pooling_computes_and_gets_one():
+  assert 'pool' in placed(
+    model_of(lambda x: layers.AveragePooling2D(2, name='pool')(conv(x, 'conv')))
+  )
+
+
+def test_a_padding_between_conv_and_conv_does_not_hide_the_reader():
+  def body(x):
+    return conv(layers.ZeroPadding2D(name='pad')(conv(x, 'conv1')), 'conv2')
+
+  readers = {
+    tensor.path: (tensor.readers, tensor.reaches_output)
+    for tensor in quantized_tensors(Graph(model_of(body)))
+  }
+  assert readers == {'in': (('conv1',), False), 'conv1': (('conv2',), False), 'conv2': ((), True)}
+
+
+def test_readers_are_found_through_additions_on_all_branches():
+  def body(x):
+    y = conv(x, 'conv1')
+    z = layers.Add(name='add')([conv(y, 'conv2'), y])
+    return conv(z, 'conv3')
+
+  readers = {
+    tensor.path: set(tensor.readers) for tensor in quantized_tensors(Graph(model_of(body)))
+  }
+  assert readers == {
+    'in': {'conv1'},
+    'conv1': {'conv2', 'conv3'},
+    'conv2': {'conv3'},
+    'add': {'conv3'},
+    'conv3': set(),
+  }
+
+
+def test_a_preactivation_block_quantizes_batch_norm_with_its_relu_apart_from_the_sum():
+  def body(x):
+    y = layers.ReLU(name='relu1')(layers.BatchNormalization(name='bn1')(x))
+    y = layers.Add(name='add')([conv(y, 'conv1'), x])
+    z = layers.ReLU(name='relu2')(layers.BatchNormalization(name='bn2')(y))
+    return layers.Add(name='end')([conv(z, 'conv2'), y])
+
+  assert placed(model_of(body)) == {
+    'in': False,
+    'relu1': True,
+    'conv1': False,
+    'add': False,
+    'relu2': True,
+    'conv2': False,
+    'end': False,
+  }
+
+
+def test_a_conv_output_with_two_readers_is_quantized_before_its_relu():
+  def body(x):
+    y = conv(x, 'conv')
+    return layers.Add(name='add')([layers.ReLU(name='relu')(y), y])
+
+  assert placed(model_of(body)) == {'in': False, 'conv': False, 'relu': True, 'add': False}
+
+
+def test_a_conv_output_that_is_a_model_output_is_quantized_before_its_relu():
+  inputs = keras.Input((8, 8, 4), name='in')
+  y = conv(inputs, 'conv')
+  assert placed(keras.Model(inputs, [y, layers.ReLU(name='relu')(y)])) == {
+    'in': False,
+    'conv': False,
+    'relu': True,
+  }
+
+
+@pytest.mark.parametrize(
+  'relu',
+  [
+    layers.ReLU(negative_slope=0.1, name='r'),
+    layers.LeakyReLU(name='r'),
+    layers.Activation('tanh', name='r'),
+  ],
+)
+def test_other_activations_are_kernels_of_their_own(relu):
+  relu = type(relu).from_config(relu.get_config())
+  assert placed(model_of(lambda x: relu(conv(x, 'conv')))) == {
+    'in': False,
+    'conv': False,
+    'r': False,
+  }
+
+
+@pytest.mark.parametrize(
+  'end', [layers.Softmax(name='end'), layers.Activation('softmax', name='end')]
+)
+def test_a_softmax_at_the_end_stays_float(end):
+  end = type(end).from_config(end.get_config())
+  assert placed(model_of(lambda x: end(conv(x, 'conv')))) == {'in': False, 'conv': False}
+
+
+def test_a_softmax_inside_the_last_layer_stays_float():
+  assert placed(model_of(lambda x: conv(x, 'conv', activation='softmax'))) == {'in': False}
+
+
+def test_integer_inputs_are_not_quantized():
+  inputs = keras.Input((8, 8, 4), dtype='uint8', name='in')
+  model = keras.Model(inputs, conv(layers.Rescaling(1 / 255, name='scale')(inputs), 'conv'))
+  assert placed(model) == {'scale': False, 'conv': False}
