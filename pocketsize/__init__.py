@@ -8,7 +8,6 @@ pocketsize.export(model, 'exports')
 """
 
 from pocketsize.calibration import calibrate
-from pocketsize.configure import compress
 from pocketsize.compressor import (
   CompressionCallback,
   Compressor,
@@ -17,6 +16,7 @@ from pocketsize.compressor import (
   discover,
   register,
 )
+from pocketsize.configure import compress
 from pocketsize.conversion import export, verify
 from pocketsize.errors import UserError
 from pocketsize.graph import Graph
