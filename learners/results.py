@@ -131,7 +131,9 @@ class Results:
     """Returns (metrics, [samples, ...] outputs) of a model on the evaluation split."""
     evaluator = self.helper.evaluator()
     specs = [tf.TensorSpec((None, *x.shape[1:]), x.dtype) for x in model.source.inputs]
-    predict = tf.function(lambda *x: model(list(x), training=False), input_signature=specs)
+    predict = tf.function(
+      lambda *x: model(x[0] if len(x) == 1 else list(x), training=False), input_signature=specs
+    )
     kept = []
     for x, y in self._batches():
       kept.append(predict(x).numpy())

@@ -47,11 +47,7 @@ def test_quantizing_what_is_pruned_keeps_the_zeros(bits, turned):
     {'algorithm': 'uniform', 'weight_bits': bits, 'end_bits': 0},
   ]
   model, stack = pocketsize.compress(conv_net(), both[::-1] if turned else both)
-  masks = {
-    place.path: np.array(place.transform.mask)
-    for place in model.placements
-    if place.transform.order == 10
-  }
+  masks = {place.path: np.array(place.transform.mask) for place in model.placements if place.transform.order == 10}
   stripped = pocketsize.strip(model)
   for path, mask in masks.items():
     kernel = np.array(stripped.get_layer(path).kernel)
@@ -133,9 +129,7 @@ def test_the_callback_counts_optimizer_steps_over_epochs_and_fits():
   assert recorder.steps == [0, 1, 2, 3, 4, 5]
   model.fit(images(8), labels(8), batch_size=8, verbose=0, callbacks=[CompressionCallback(stack)])
   assert recorder.steps[6:] == [6]
-  model.fit(
-    images(8), labels(8), batch_size=8, verbose=0, callbacks=[CompressionCallback(stack, step=40)]
-  )
+  model.fit(images(8), labels(8), batch_size=8, verbose=0, callbacks=[CompressionCallback(stack, step=40)])
   assert recorder.steps[7:] == [40]
 
 
@@ -147,7 +141,7 @@ def test_several_steps_at_a_time_are_refused():
 
 
 def test_a_stack_adds_losses_in_training_and_joins_statistics():
-  """Twins that differ by constants 2 and 3 differ by 5 in the training loss and by nothing in evaluation."""
+  """Constants 2 and 3 add 5 to the training loss and nothing in evaluation."""
   plain, _ = attached(Recorder(0.0))
   model, stack = attached(Recorder(2.0), Recorder(3.0))
   assert stack.statistics() == {'constant2.0': 2.0, 'constant3.0': 3.0}

@@ -14,7 +14,7 @@ from pocketsize.errors import UserError
 
 
 def test_the_loss_by_hand():
-  """T = 2, teacher (0, 2 ln 3): targets 1/4, 3/4; student (0, 0): cross entropy ln 2; times T^2 = 4."""
+  """T = 2, teacher (0, 2 ln 3): targets 1/4, 3/4; student (0, 0): T^2 ln 2 = 4 ln 2."""
   teacher, student = tf.constant([[0.0, 2 * math.log(3)]]), tf.constant([[0.0, 0.0]])
   assert float(distillation_loss(student, teacher, 2.0)) == pytest.approx(4 * math.log(2), rel=1e-6)
 
@@ -33,7 +33,7 @@ def test_the_loss_is_a_mean_over_the_batch():
 
 
 def test_the_gradient_does_not_depend_on_a_large_temperature():
-  """In the limit it is (student - teacher) / classes, for logits of mean zero (section 2 of the paper)."""
+  """In the limit (student - teacher) / classes, for logits of mean zero (section 2)."""
   teacher = tf.constant([[1.0, -2.0, 0.5, 0.5]])
   student = tf.Variable([[0.5, 0.5, -2.0, 1.0]])
   for temperature in (50.0, 200.0):
@@ -70,12 +70,8 @@ def test_logits_are_taken_out_of_the_outputs_of_both():
     def __call__(self, x, training):
       return {'logits': tf.constant([[0.0, 0.0]])}
 
-  loss = Distillation(
-    Teacher(), DistillationConfig(1.0, 1.0), logits=lambda outputs: outputs['logits']
-  )
-  assert float(loss.loss(None, None, {'logits': tf.constant([[0.0, 0.0]])})) == pytest.approx(
-    math.log(2), rel=1e-6
-  )
+  loss = Distillation(Teacher(), DistillationConfig(1.0, 1.0), logits=lambda outputs: outputs['logits'])
+  assert float(loss.loss(None, None, {'logits': tf.constant([[0.0, 0.0]])})) == pytest.approx(math.log(2), rel=1e-6)
 
 
 def test_fit_adds_it_in_training_and_not_in_evaluation():
@@ -92,7 +88,5 @@ def test_fit_adds_it_in_training_and_not_in_evaluation():
 
 @pytest.mark.parametrize('bad', [(-1.0, 4.0), (1.0, 0.0), (1.0, -2.0)])
 def test_nonsense_is_refused(bad):
-  with pytest.raises(
-    UserError, match=r'`weight` at least 0 and `temperature` above 0\. Received: '
-  ):
+  with pytest.raises(UserError, match=r'`weight` at least 0 and `temperature` above 0\. Received: '):
     DistillationConfig(*bad)

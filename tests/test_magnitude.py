@@ -40,12 +40,12 @@ def test_mask_by_hand_ties_go_first_first():
 
 
 def test_heuristic_ratios_by_hand():
-  """n = 10, 100: a = 0.5 * 110 / (10 ln 10 + 100 ln 100) = 55 / (210 ln 10), so 55/210 and 110/210."""
+  """n = 10, 100: a = 55 / (10 ln 10 + 100 ln 100) = 55 / (210 ln 10), so 55/210 and 110/210."""
   np.testing.assert_allclose(heuristic_ratios([10, 100], 0.5), [55 / 210, 110 / 210])
 
 
 def test_a_ratio_over_the_cap_is_held_and_the_others_make_up_for_it():
-  """20,000 weights; a ln n would be 1.2 for the large layer; 0.9 * 20000 - 9900 = 8100 of the other 10,000."""
+  """a ln n would be 1.2 for the large layer; 0.9 * 20000 - 9900 = 8100 of the other 10,000."""
   ratios = heuristic_ratios([100] * 100 + [10000], 0.9)
   assert ratios[-1] == 0.99
   np.testing.assert_allclose(ratios[:-1], 0.81)
@@ -77,9 +77,7 @@ def test_without_a_duration_one_mask_is_made_at_begin():
   assert config.ratio_at(3) == 0.5
 
 
-@pytest.mark.parametrize(
-  'bad', [{'ratio': 1.0}, {'ratio': -0.1}, {'update_every': 0}, {'exponent': 0}]
-)
+@pytest.mark.parametrize('bad', [{'ratio': 1.0}, {'ratio': -0.1}, {'update_every': 0}, {'exponent': 0}])
 def test_nonsense_is_refused(bad):
   with pytest.raises(UserError, match=f'`{next(iter(bad))}`.*Received: '):
     MagnitudeConfig(**bad)
@@ -91,7 +89,7 @@ def test_a_config_is_frozen():
 
 
 def test_the_statistic_follows_the_schedule_and_the_stage_ends_after_the_last_mask():
-  """conv0 108, conv1 144, head 16: 268 weights. Half way 1 - 0.5^3 of 0.8 is 0.7: 76 + 101 + 11 dropped, then 0.8."""
+  """108 + 144 + 16 weights; half way 1 - 0.5^3 of 0.8 is 0.7: 76 + 101 + 11 go, then 0.8."""
   model, stack = pocketsize.compress(
     conv_net(),
     [{'algorithm': 'magnitude', 'ratio': 0.8, 'begin_step': 0, 'end_step': 8, 'update_every': 4}],

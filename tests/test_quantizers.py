@@ -60,15 +60,16 @@ def groups_of(kernel, granularity, bucket_size):
     return [numbers.ravel()]
   if granularity == 'channel':
     return [numbers[..., channel].ravel() for channel in range(kernel.shape[-1])]
-  return [
-    numbers.ravel()[start : start + bucket_size] for start in range(0, kernel.size, bucket_size)
-  ]
+  return [numbers.ravel()[start : start + bucket_size] for start in range(0, kernel.size, bucket_size)]
 
 
 @pytest.mark.parametrize('granularity', ['tensor', 'channel', 'bucket'])
 @pytest.mark.parametrize('bits', range(1, 17))
 def test_weight_quantizer_against_the_slow_loop(bits, granularity):
-  """One float32 rounding of scale and of the product: 1e-6 relative. Buckets of 17 leave a short one of 12."""
+  """One float32 rounding of scale and of the product: 1e-6 relative.
+
+  Buckets of 17 leave a short one of 13.
+  """
   kernel = kernel_of((3, 2, 4, 9))[..., :6].copy()
   kernel = kernel.reshape(-1)[:132].reshape(2, 11, 6)
   got = fitted(kernel, bits=bits, granularity=granularity, bucket_size=17)(kernel).numpy().ravel()
@@ -76,9 +77,7 @@ def test_weight_quantizer_against_the_slow_loop(bits, granularity):
     values = kernel.ravel()[group]
     scale = slow_scale(values, bits)
     slow = [slow_quantize(float(value), scale, bits) for value in values]
-    np.testing.assert_allclose(
-      got[group], slow, rtol=1e-6, atol=1e-7 + scale * (1e-3 if bits > 12 else 0)
-    )
+    np.testing.assert_allclose(got[group], slow, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize('bits', [2, 3, 4])
@@ -114,9 +113,7 @@ def test_eight_bits_by_hand():
 @pytest.mark.parametrize('granularity', ['tensor', 'channel', 'bucket'])
 def test_a_kernel_of_zeros_stays_zero(bits, granularity):
   kernel = np.zeros((2, 3, 4), 'float32')
-  np.testing.assert_array_equal(
-    fitted(kernel, bits=bits, granularity=granularity, bucket_size=5)(kernel), kernel
-  )
+  np.testing.assert_array_equal(fitted(kernel, bits=bits, granularity=granularity, bucket_size=5)(kernel), kernel)
 
 
 @pytest.mark.parametrize('bits', [2, 4, 8])
@@ -130,9 +127,7 @@ def test_a_dead_channel_beside_live_ones_stays_zero(bits):
 @pytest.mark.parametrize('bits', range(2, 17))
 def test_negative_only_weights_mirror_positive_ones(bits):
   kernel = np.abs(kernel_of()) + 0.1
-  np.testing.assert_array_equal(
-    fitted(-kernel, bits=bits)(-kernel), -fitted(kernel, bits=bits)(kernel).numpy()
-  )
+  np.testing.assert_array_equal(fitted(-kernel, bits=bits)(-kernel), -fitted(kernel, bits=bits)(kernel).numpy())
 
 
 @pytest.mark.parametrize('granularity', ['tensor', 'channel'])
@@ -147,11 +142,7 @@ def test_the_baked_kernel_is_idempotent_and_its_codes_are_integers_of_their_bits
   assert codes.dtype == np.int32 and grid.bits == bits
   np.testing.assert_array_equal((codes * grid.scale).astype('float32'), baked)
   assert np.abs(codes).max() <= highest_code(bits)
-  assert (
-    set(np.unique(codes)) == {-1, 1}
-    if bits == 1
-    else np.abs(codes).max() >= highest_code(bits) // 2
-  )
+  assert set(np.unique(codes)) == {-1, 1} if bits == 1 else np.abs(codes).max() >= highest_code(bits) // 2
 
 
 def test_buckets_have_no_grid():
@@ -173,16 +164,12 @@ def test_channel_axes_may_be_any(axes):
   kernel = kernel_of((3, 2, 4, 5))
   quantizer = fitted(kernel, bits=8, channel_axes=axes)
   others = tuple(axis for axis in range(4) if axis not in {a % 4 for a in axes})
-  np.testing.assert_allclose(
-    quantizer.scale, np.abs(kernel).max(axis=others, keepdims=True) / 127, rtol=1e-6
-  )
+  np.testing.assert_allclose(quantizer.scale, np.abs(kernel).max(axis=others, keepdims=True) / 127, rtol=1e-6)
 
 
 def test_a_single_output_channel_is_a_group():
   kernel = kernel_of((3, 4, 1))
-  assert fitted(kernel, bits=8).scale.numpy().item() == pytest.approx(
-    np.abs(kernel).max() / 127, rel=1e-6
-  )
+  assert fitted(kernel, bits=8).scale.numpy().item() == pytest.approx(np.abs(kernel).max() / 127, rel=1e-6)
 
 
 @pytest.mark.parametrize('granularity', ['tensor', 'channel', 'bucket'])
@@ -205,15 +192,13 @@ def test_replace_gives_the_value_to_the_last_bit():
   np.testing.assert_array_equal(tape.gradient(loss, x), [2.0, 3.0])
 
 
-RANGES = st.tuples(st.floats(-1e3, 0, width=32), st.floats(0, 1e3, width=32)).filter(
-  lambda r: r[1] - r[0] > 1e-3
-)
+RANGES = st.tuples(st.floats(-1e3, 0, width=32), st.floats(0, 1e3, width=32)).filter(lambda r: r[1] - r[0] > 1e-3)
 
 
 @settings(max_examples=150, deadline=None)
 @given(RANGES, st.integers(2, 16))
 def test_nudged_range_is_the_range_of_tensorflows_fake_quantizer(range_, bits):
-  """Values far outside come out as TensorFlow's nudged ends; the same float32 operations, so equal."""
+  """Values far outside come out as TensorFlow's nudged ends: the same float32 operations."""
   low, high = nudged_range(*range_, bits)
   x = tf.constant([-1e9, 0.0, 1e9])
   ends = tf.quantization.fake_quant_with_min_max_vars(x, *range_, num_bits=bits).numpy()
@@ -328,8 +313,6 @@ def test_a_nonnegative_quantizer_keeps_its_low_end_at_zero():
   ],
 )
 def test_a_config_makes_an_equal_quantizer(kind, arguments):
-  copy = keras.saving.deserialize_keras_object(
-    keras.saving.serialize_keras_object(kind(**arguments))
-  )
+  copy = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(kind(**arguments)))
   assert type(copy) is kind
   assert {name: getattr(copy, name) for name in arguments} == arguments

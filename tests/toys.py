@@ -13,7 +13,7 @@ def images(count=8, size=8, channels=3, seed=0):
 
 
 def conv_net(name='conv_net'):
-  """Conv, batch norm, ReLU, strided conv, batch norm, ReLU, pool, dense: 4 logits of 8x8x3 images."""
+  """Twice conv, batch norm, ReLU, then pool and dense: 4 logits of 8x8x3 images."""
   keras.utils.set_random_seed(1)
   x = inputs = keras.Input((8, 8, 3), name='images')
   for index, strides in enumerate((1, 2)):
