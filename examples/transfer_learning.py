@@ -1,6 +1,7 @@
 """Transfer learning with 8-bit weights and activations, in a training script of one's own.
 
-So that nothing is downloaded, MobileNetV2 has random weights here and batch norm statistics from one
+So that nothing is downloaded, MobileNetV2 has random weights here and batch norm statistics from
+one
 batch: a stand-in for weights='imagenet'.
 """
 
@@ -21,8 +22,10 @@ parser.add_argument('--output_dir', type=pathlib.Path, default='runs/transfer_le
 args = parser.parse_args()
 
 keras.utils.set_random_seed(0)
-images, labels = (array[:args.samples] for array in load_digits(return_X_y=True))
-images = np.kron(images.reshape(-1, 8, 8, 1), np.ones((4, 4, 3))).astype('float32') / 8 - 1  # 32x32x3, -1 to 1
+images, labels = (array[: args.samples] for array in load_digits(return_X_y=True))
+images = (
+  np.kron(images.reshape(-1, 8, 8, 1), np.ones((4, 4, 3))).astype('float32') / 8 - 1
+)  # 32x32x3, -1 to 1
 cut = len(images) * 4 // 5
 x, y, test_x, test_y = images[:cut], labels[:cut], images[cut:], labels[cut:]
 
@@ -50,12 +53,19 @@ model = keras.Model(inputs, keras.layers.Dense(10, name='head')(features))
 print(f'float model: {train(model, 1e-3):.4f}')
 
 # The same model, quantized and trained on. Frozen layers stay frozen, batch norm statistics too.
-compressed, stack = pocketsize.compress(model, [{'algorithm': 'uniform'}], calibration=[x[:64], x[64:128]])
+compressed, stack = pocketsize.compress(
+  model, [{'algorithm': 'uniform'}], calibration=[x[:64], x[64:128]]
+)
 accuracy = train(compressed, 1e-4, callbacks=[pocketsize.CompressionCallback(stack)])
 print(f'quantized model: {accuracy:.4f}')
 
 args.output_dir.mkdir(parents=True, exist_ok=True)
 pocketsize.strip(compressed).save(args.output_dir / 'final.keras')
-for file in pocketsize.export(compressed, args.output_dir, formats=('tflite', 'tflite_int8'), name='mobilenet'):
+for file in pocketsize.export(
+  compressed, args.output_dir, formats=('tflite', 'tflite_int8'), name='mobilenet'
+):
   outputs = conversion.open_file(file.path)(test_x)[0]
-  print(f'{file.format}: {np.mean(outputs.argmax(axis=1) == test_y):.4f}, {file.path.stat().st_size} bytes')
+  print(
+    f'{file.format}: {np.mean(outputs.argmax(axis=1) == test_y):.4f}, '
+    f'{file.path.stat().st_size} bytes'
+  )

@@ -16,8 +16,7 @@ class Checkpoints:
   """The checkpoints of one phase, `<folder>/<phase>-<step>.npz`; the newest two are kept.
 
   A file holds the model's variables, the optimizer's and, in its name, the number of steps done.
-  All
-  else that a run depends on is a pure function of the step.
+  All else that a run depends on is a pure function of the step.
 
   Args:
     folder: made when the first checkpoint is written.

@@ -50,14 +50,6 @@ class Learner(abc.ABC):
       run.work_dir or f'runs/{helper.name}_at_{helper.dataset_name}/{self.name}'
     )
     self.seconds = {}
-    everything = {
-      **dataclasses.asdict(run),
-      **dataclasses.asdict(helper.config),
-      **dataclasses.asdict(config),
-    }
-    self._work_folder = self._on_chief(
-      lambda: WorkFolder(self.folder, everything, read_only=run.exec_mode == 'eval')
-    )
     self.dataset = helper.dataset()
     self.results = Results(self.folder, self.name, helper, run, self.dataset)
     self.training_split = 'train' if run.eval_split == 'test' else 'fit'
@@ -74,8 +66,14 @@ class Learner(abc.ABC):
     """Returns the epochs for which a compressed model is trained, a float."""
 
   def execute(self):
-    """Does what --exec_mode says."""
-    {'train': self.train, 'eval': self.evaluate}[self.run.exec_mode]()
+    """Does what --exec_mode says, as the only run in its work folder."""
+    with self._on_chief(self._opened_folder) or contextlib.nullcontext():
+      {'train': self.train, 'eval': self.evaluate}[self.run.exec_mode]()
+
+  def _opened_folder(self):
+    parts = (self.run, self.helper.config, self.config)
+    everything = {name: value for part in parts for name, value in dataclasses.asdict(part).items()}
+    return WorkFolder(self.folder, everything, read_only=self.run.exec_mode == 'eval')
 
   def train(self):
     """Trains, compresses, exports and runs the files; returns the report on rank 0."""

@@ -1,8 +1,7 @@
 """The only training loop: Keras' `fit` over steps, with what a run needs around it.
 
 All that depends on the step is a pure function of it, and a checkpoint holds the rest, so a run
-that
-goes on from a checkpoint ends with the same weights, bit for bit, as one that never stopped.
+that goes on from a checkpoint ends with the same weights, bit for bit, as one that never stopped.
 """
 
 import contextlib

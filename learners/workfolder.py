@@ -18,11 +18,12 @@ RESULTS = ('checkpoints', 'float.keras', 'final.keras', 'report.json')
 
 
 class WorkFolder:
-  """A run's folder, locked for one process while it lives.
+  """A run's folder, locked for one run: a context manager that gives up the lock at its end.
 
   Args:
     path: made if it is missing.
-    config: {name: value} of the run, compared with the folder's `config.json` once there are results.
+    config: {name: value} of the run, compared with the folder's `config.json` once there are
+      results.
     read_only: the folder must exist, and no file of it changes but the lock.
 
   Raises:
@@ -44,19 +45,30 @@ class WorkFolder:
     try:
       fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-      self._lock.seek(0)
+      with self._lock:
+        self._lock.seek(0)
+        owner = self._lock.read().strip() or 'unknown'
       raise UserError(
-        f'Work folder {path} is in use by another run (process '
-        f'{self._lock.read().strip() or "unknown"}). '
+        f'Work folder {path} is in use by another run (process {owner}). '
         'Wait for it, or give another --work_dir.'
       ) from error
     self._lock.truncate(0)
     self._lock.write(str(os.getpid()))
     self._lock.flush()
-    if any((self / name).exists() for name in RESULTS):
-      self._compare(config)
-    if not read_only:
-      write_json(self / 'config.json', config)
+    try:
+      if any((self / name).exists() for name in RESULTS):
+        self._compare(config)
+      if not read_only:
+        write_json(self / 'config.json', config)
+    except BaseException:
+      self._lock.close()
+      raise
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *exception):
+    self._lock.close()
 
   def __truediv__(self, name):
     return self.path / name

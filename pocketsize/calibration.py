@@ -10,7 +10,8 @@ from pocketsize.quantization.quantizers import ActivationQuantizer, WeightQuanti
 def calibrate(model, batches):
   """Sets every quantizer of an `Instrumented` model: scales from the kernels, ranges from data.
 
-  A range is the mean of the batches' extremes. While ranges are measured no activation is quantized.
+  A range is the mean of the batches' extremes. While ranges are measured no activation is
+  quantized.
 
   Args:
     model: `Instrumented`.
@@ -20,7 +21,9 @@ def calibrate(model, batches):
     UserError: there are activation quantizers and no batch.
   """
   fit_scales(model)
-  quantizers = [transform for transform in model.transforms if isinstance(transform, ActivationQuantizer)]
+  quantizers = [
+    transform for transform in model.transforms if isinstance(transform, ActivationQuantizer)
+  ]
   if not quantizers:
     return
   extremes = {id(quantizer): [] for quantizer in quantizers}
@@ -35,7 +38,9 @@ def calibrate(model, batches):
     model.run(batch, training=False, activate=observe)
   for quantizer in quantizers:
     if not extremes[id(quantizer)]:
-      raise UserError('Activation ranges need data: `calibration` must give at least one batch. Received none.')
+      raise UserError(
+        'Activation ranges need data: `calibration` must give at least one batch. Received none.'
+      )
     low, high = np.mean(extremes[id(quantizer)], axis=0)
     quantizer.low.assign(min(low, 0.0))
     quantizer.high.assign(max(high, 0.0))
@@ -45,13 +50,20 @@ def fit_scales(model):
   """Sets the scale of every weight quantizer of an `Instrumented` model from the kernel it gets."""
   for placement in model.placements:
     if isinstance(placement.transform, WeightQuantizer):
-      placement.transform.fit(model.transformed(placement.path, placement.point, before=placement.transform))
+      placement.transform.fit(
+        model.transformed(placement.path, placement.point, before=placement.transform)
+      )
 
 
 def check_ranges(model):
-  """Raises a UserError that names the activation quantizers of `model` which never saw data, if there are any."""
-  unseen = [path for path, _, transform in model.placements
-            if isinstance(transform, ActivationQuantizer) and not transform.has_range]
+  """Raises a UserError that names the activation quantizers of `model` without data, if any."""
+  unseen = [
+    path
+    for path, _, transform in model.placements
+    if isinstance(transform, ActivationQuantizer) and not transform.has_range
+  ]
   if unseen:
-    raise UserError(f'The activation ranges of {", ".join(unseen)} never saw data: train the model, or give '
-                    '`calibration` batches, before it is exported.')
+    raise UserError(
+      f'The activation ranges of {", ".join(unseen)} never saw data: train the model, or give '
+      '`calibration` batches, before it is exported.'
+    )

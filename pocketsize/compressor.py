@@ -72,11 +72,18 @@ class Stack(Compressor):
     self.compressors = list(compressors)
 
   def plan(self, graph):
-    placements = [placement for compressor in self.compressors for placement in compressor.plan(graph)]
-    # What one compressor leaves alone and another takes is not left alone; one without rules leaves nothing.
+    placements = [
+      placement for compressor in self.compressors for placement in compressor.plan(graph)
+    ]
+    # What one compressor leaves alone and another takes is not left alone; one without rules leaves
+    # nothing.
     choosers = [compressor for compressor in self.compressors if compressor.rules]
-    self.skipped = {path: reason for compressor in reversed(choosers) for path, reason in compressor.skipped.items()
-                    if all(path in other.skipped for other in choosers)}
+    self.skipped = {
+      path: reason
+      for compressor in reversed(choosers)
+      for path, reason in compressor.skipped.items()
+      if all(path in other.skipped for other in choosers)
+    }
     return placements
 
   def bind(self, model):
@@ -98,7 +105,11 @@ class Stack(Compressor):
     return stages.pop() if stages else Stage.UNCOMPRESSED
 
   def statistics(self):
-    return {name: value for compressor in self.compressors for name, value in compressor.statistics().items()}
+    return {
+      name: value
+      for compressor in self.compressors
+      for name, value in compressor.statistics().items()
+    }
 
 
 class CompressionCallback(keras.callbacks.Callback):
@@ -116,8 +127,10 @@ class CompressionCallback(keras.callbacks.Callback):
 
   def on_train_begin(self, logs=None):
     if self.model.steps_per_execution != 1:
-      raise UserError('Compression has work to do before every step: compile the model with '
-                      f'steps_per_execution=1. Received: {self.model.steps_per_execution}.')
+      raise UserError(
+        'Compression has work to do before every step: compile the model with '
+        f'steps_per_execution=1. Received: {self.model.steps_per_execution}.'
+      )
     if self.step is None:
       self.step = int(self.model.optimizer.iterations)
 
@@ -127,11 +140,13 @@ class CompressionCallback(keras.callbacks.Callback):
 
 
 def register(name):
-  """Class decorator: `name` is the value of 'algorithm' in a config_list that means this compressor."""
+  """Class decorator: registers a compressor as 'algorithm' `name` of a config_list."""
+
   def add(cls):
     if _REGISTRY.setdefault(name, cls) is not cls:
       raise ValueError(f'Two compressors are registered as {name!r}: {_REGISTRY[name]} and {cls}.')
     return cls
+
   return add
 
 
@@ -143,7 +158,7 @@ def discover():
 
 
 def find(name):
-  """Returns the compressor class registered as `name`, or raises a UserError with the legal names."""
+  """Returns the compressor class registered as `name`; UserError with the legal names."""
   registry = discover()
   if name not in registry:
     raise UserError(f'`algorithm` must be one of {", ".join(registry)}. Received: {name!r}.')

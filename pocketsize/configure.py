@@ -15,9 +15,9 @@ def stack_from(config_list):
   """Returns a `Stack` for a config_list.
 
   Args:
-    config_list: list of dicts. 'algorithm' names a registered compressor; 'op_types', 'op_names' and
-      'exclude' say which layers (see `targets.Rule`); the other keys are fields of the algorithm's
-      configuration. Of the dicts of one algorithm the last that matches a layer wins.
+    config_list: list of dicts. 'algorithm' names a registered compressor; 'op_types', 'op_names'
+      and 'exclude' say which layers (see `targets.Rule`); the other keys are fields of the
+      algorithm's configuration. Of the dicts of one algorithm the last that matches a layer wins.
 
   Raises:
     UserError: an unknown algorithm or key, a value out of range, no algorithm.
@@ -25,20 +25,32 @@ def stack_from(config_list):
   rules_by_algorithm = {}
   for entry in config_list:
     if not isinstance(entry, dict) or 'algorithm' not in entry:
-      raise UserError("Every entry of a config_list is a dict with a key 'algorithm', one of "
-                      f'{", ".join(compressor.discover())}. Received: {entry!r}.')
+      raise UserError(
+        "Every entry of a config_list is a dict with a key 'algorithm', one of "
+        f'{", ".join(compressor.discover())}. Received: {entry!r}.'
+      )
     config_type = compressor.find(entry['algorithm']).Config
     fields = {field.name for field in dataclasses.fields(config_type)}
     unknown = set(entry) - fields - set(_TARGET_KEYS)
     if unknown:
-      raise UserError(f'A config_list entry for {entry["algorithm"]!r} takes the keys '
-                      f'{", ".join([*_TARGET_KEYS, *sorted(fields)])}. Received: {", ".join(map(repr, sorted(unknown)))}.')
-    rules_by_algorithm.setdefault(entry['algorithm'], []).append(targets.Rule(
-      config_type(**{key: value for key, value in entry.items() if key in fields}),
-      tuple(entry.get('op_types', ())), tuple(entry.get('op_names', ())), bool(entry.get('exclude', False))))
+      raise UserError(
+        f'A config_list entry for {entry["algorithm"]!r} takes the keys '
+        f'{", ".join([*_TARGET_KEYS, *sorted(fields)])}. '
+        f'Received: {", ".join(map(repr, sorted(unknown)))}.'
+      )
+    rules_by_algorithm.setdefault(entry['algorithm'], []).append(
+      targets.Rule(
+        config_type(**{key: value for key, value in entry.items() if key in fields}),
+        tuple(entry.get('op_types', ())),
+        tuple(entry.get('op_names', ())),
+        bool(entry.get('exclude', False)),
+      )
+    )
   if not rules_by_algorithm:
     raise UserError('A config_list needs at least one entry. Received: [].')
-  return compressor.Stack(compressor.find(name)(rules) for name, rules in rules_by_algorithm.items())
+  return compressor.Stack(
+    compressor.find(name)(rules) for name, rules in rules_by_algorithm.items()
+  )
 
 
 def attach(model, stack):
@@ -52,8 +64,9 @@ def compress(model, config_list, *, calibration=None):
   """Returns (instrumented model, stack) ready to train.
 
   The instrumented model shares the weights of `model`. Train it with
-  `fit(callbacks=[CompressionCallback(stack)])`, or in a loop of your own that calls `stack.update(step)`
-  before every optimizer step and adds `stack.loss(x, y, outputs)` to its loss. Then `strip` and `export`.
+  `fit(callbacks=[CompressionCallback(stack)])`, or in a loop of your own that calls
+  `stack.update(step)` before every optimizer step and adds `stack.loss(x, y, outputs)` to its loss.
+  Then `strip` and `export`.
 
   Args:
     model: a built Functional or Sequential Keras model, nested ones included.

@@ -40,7 +40,9 @@ def node_macs(graph, node):
     return weights * _size(shape[1:-1])
   if name == 'EinsumDense':
     inputs, kernel = layer.equation.split('->')[0].split(',')
-    summed = _size(size for letter, size in zip(kernel, layer.kernel.shape, strict=True) if letter in inputs)
+    summed = _size(
+      size for letter, size in zip(kernel, layer.kernel.shape, strict=True) if letter in inputs
+    )
     return weights * max(_size(graph.shape(node.inputs[0])[1:]) // summed, 1)
   axes = shape[1:-1] if layer.data_format == 'channels_last' else shape[2:]
   return weights * _size(axes)
@@ -57,9 +59,15 @@ def layer_costs(graph):
   for node in graph.nodes:
     macs[node.path] = macs.get(node.path, 0) + node_macs(graph, node)
   return [
-    LayerCost(path, layer.count_params(), macs[path],
-              graph.shape(next(node for node in graph.nodes if node.path == path).outputs[0])[-1])
-    for path, layer in graph.layers.items() if layer.weights]
+    LayerCost(
+      path,
+      layer.count_params(),
+      macs[path],
+      graph.shape(next(node for node in graph.nodes if node.path == path).outputs[0])[-1],
+    )
+    for path, layer in graph.layers.items()
+    if layer.weights
+  ]
 
 
 def macs(graph):

@@ -20,7 +20,7 @@ def distillation_loss(student, teacher, temperature):
   """
   targets = tf.nn.softmax(teacher / temperature)
   cross_entropy = tf.nn.softmax_cross_entropy_with_logits(targets, student / temperature)
-  return temperature ** 2 * tf.reduce_mean(cross_entropy)
+  return temperature**2 * tf.reduce_mean(cross_entropy)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +37,10 @@ class DistillationConfig:
 
   def __post_init__(self):
     if self.weight < 0 or self.temperature <= 0:
-      raise UserError('Distillation wants `weight` at least 0 and `temperature` above 0. '
-                      f'Received: {self.weight}, {self.temperature}.')
+      raise UserError(
+        'Distillation wants `weight` at least 0 and `temperature` above 0. '
+        f'Received: {self.weight}, {self.temperature}.'
+      )
 
 
 class Distillation(Compressor):
@@ -64,4 +66,5 @@ class Distillation(Compressor):
   def loss(self, x, y, outputs):
     teacher = tf.stop_gradient(self.logits(self.teacher(x, training=False)))
     return self.config.weight * distillation_loss(
-      keras.ops.convert_to_tensor(self.logits(outputs)), teacher, self.config.temperature)
+      keras.ops.convert_to_tensor(self.logits(outputs)), teacher, self.config.temperature
+    )

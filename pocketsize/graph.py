@@ -24,8 +24,8 @@ class Node:
     symbols: the symbolic tensors of `inputs`, as the arguments hold them.
     arguments: Keras' record of the call.
     takes_training: whether the operation has an argument `training`.
-    inference_only: whether the model's author wrote `training=False` at this call or around it (at layers
-      whose default is False, such as Dropout, Keras keeps no record of that).
+    inference_only: whether the model's author wrote `training=False` at this call or around it (at
+      layers whose default is False, such as Dropout, Keras keeps no record of that).
   """
 
   path: str
@@ -50,29 +50,33 @@ def functional(model):
   """
   if isinstance(model, keras.Sequential):
     if not model.built:
-      raise UserError(f'Sequential model {model.name!r} has no shapes yet: put a keras.Input in front '
-                      'or call it once on data.')
+      raise UserError(
+        f'Sequential model {model.name!r} has no shapes yet: put a keras.Input in front '
+        'or call it once on data.'
+      )
     return model._functional
   if isinstance(model, Functional) and type(model).call is Functional.call:
     return model
   raise UserError(
-    f'Model {getattr(model, "name", model)!r} is a subclass of keras.Model with a `call` of its own, whose graph '
-    'cannot be seen. Build it with the functional API, for example '
+    f'Model {getattr(model, "name", model)!r} is a subclass of keras.Model with a `call` of its '
+    'own, whose graph cannot be seen. Build it with the functional API, for example '
     '`keras.Model(inputs, outputs)` around the layers that `call` uses, or keras.Sequential. '
-    f'Received: {type(model).__name__}.')
+    f'Received: {type(model).__name__}.'
+  )
 
 
 def is_nested(operation):
   """Returns whether `operation` is a model whose graph can be seen."""
   return isinstance(operation, keras.Sequential) or (
-    isinstance(operation, Functional) and type(operation).call is Functional.call)
+    isinstance(operation, Functional) and type(operation).call is Functional.call
+  )
 
 
 def _training(node):
   """Returns (whether an operation takes `training`, whether the model's author wrote False there).
 
-  Keras records a call with the default filled in: False at a Dropout means nothing, at a layer or nested
-  model whose default is None it was written.
+  Keras records a call with the default filled in: False at a Dropout means nothing, at a layer or
+  nested model whose default is None it was written.
   """
   parameter = inspect.signature(node.operation.call).parameters.get('training')
   if parameter is None:
@@ -130,26 +134,42 @@ class Graph:
         fixed = inference_only or says_inference
         if is_nested(node.operation):
           inner = functional(node.operation)
-          local = {id(symbol): self._cast(number, symbol, path)
-                   for symbol, number in zip(inner.inputs, inputs, strict=True)}
+          local = {
+            id(symbol): self._cast(number, symbol, path)
+            for symbol, number in zip(inner.inputs, inputs, strict=True)
+          }
           self._walk(inner, path + '/', local, fixed)
           outputs = [local[id(symbol)] for symbol in inner.outputs]
         else:
           outputs = self._add(
-            path, node.operation, inputs, node.output_tensors, symbols=tuple(node.input_tensors),
-            arguments=node.arguments, takes_training=takes_training, inference_only=fixed)
-        numbers.update({id(symbol): number
-                        for symbol, number in zip(node.output_tensors, outputs, strict=True)})
+            path,
+            node.operation,
+            inputs,
+            node.output_tensors,
+            symbols=tuple(node.input_tensors),
+            arguments=node.arguments,
+            takes_training=takes_training,
+            inference_only=fixed,
+          )
+        numbers.update(
+          {id(symbol): number for symbol, number in zip(node.output_tensors, outputs, strict=True)}
+        )
 
   def _cast(self, tensor, symbol, path):
-    """Returns the number of `tensor` with the dtype of `symbol`, an input of the nested model at `path`."""
+    """Returns the number of `tensor` cast to `symbol`, an input of the nested model at `path`."""
     if self.dtype(tensor) == keras.backend.standardize_dtype(symbol.dtype):
       return tensor
     outer = self._symbols[tensor]
     inner = keras.ops.cast(outer, symbol.dtype)
     operation = inner._keras_history.operation
-    return self._add(f'{path}/{symbol._keras_history.operation.name}', operation, (tensor,), (inner,),
-                     symbols=(outer,), arguments=operation._inbound_nodes[-1].arguments)[0]
+    return self._add(
+      f'{path}/{symbol._keras_history.operation.name}',
+      operation,
+      (tensor,),
+      (inner,),
+      symbols=(outer,),
+      arguments=operation._inbound_nodes[-1].arguments,
+    )[0]
 
   def consumers(self, tensor):
     """Returns the nodes that read tensor number `tensor`."""
@@ -172,23 +192,26 @@ class Graph:
 
     Args:
       inputs: tensors, as many as the model has inputs, in their order.
-      call: `call(node, args, kwargs)` computes a node in place of its operation. InputLayers come too,
-        with the fed tensor as only argument.
+      call: `call(node, args, kwargs)` computes a node in place of its operation. InputLayers come
+        too, with the fed tensor as only argument.
       training: passed to the operations that take it, unless the model says `training=False` there.
 
     Returns:
       The list of output tensors.
     """
-    call = call or (lambda node, args, kwargs: args[0] if node.is_input
-                    else node.operation(*args, **kwargs))
+    call = call or (
+      lambda node, args, kwargs: args[0] if node.is_input else node.operation(*args, **kwargs)
+    )
     values = {}
     feeds = dict(zip(self.inputs, inputs, strict=True))
     for node in self.nodes:
       if node.is_input:
         outputs = call(node, (feeds[node.outputs[0]],), {})
       else:
-        known = {id(symbol): values[number]
-                 for symbol, number in zip(node.symbols, node.inputs, strict=True)}
+        known = {
+          id(symbol): values[number]
+          for symbol, number in zip(node.symbols, node.inputs, strict=True)
+        }
         args, kwargs = node.arguments.fill_in(known)
         if node.takes_training:
           kwargs['training'] = False if node.inference_only else training

@@ -40,20 +40,27 @@ class Instrumented(keras.Model):
   @property
   def placements(self):
     """The placements, in the order in which they run at each place."""
-    return [Placement(*place, transform)
-            for place, transform in zip(self._places, self.transforms, strict=True)]
+    return [
+      Placement(*place, transform)
+      for place, transform in zip(self._places, self.transforms, strict=True)
+    ]
 
   def transforms_at(self, path, point):
     """Returns the transforms at one place, in order."""
-    return [transform for place, transform in zip(self._places, self.transforms, strict=True)
-            if place == (path, point)]
+    return [
+      transform
+      for place, transform in zip(self._places, self.transforms, strict=True)
+      if place == (path, point)
+    ]
 
   def _check(self):
     paths = {node.path for node in self.graph.nodes}
     for path, point, transform in self.placements:
       if path not in paths:
-        raise UserError(f'There is no layer {path!r} to place {transform.name!r} at. '
-                        f'The layers are: {", ".join(sorted(paths))}.')
+        raise UserError(
+          f'There is no layer {path!r} to place {transform.name!r} at. '
+          f'The layers are: {", ".join(sorted(paths))}.'
+        )
       if point not in ACTIVATION_POINTS and not hasattr(self.graph.layers.get(path), point):
         raise UserError(f'Layer {path!r} has no weight {point!r} to transform.')
 
@@ -69,7 +76,7 @@ class Instrumented(keras.Model):
         transform.build(tuple(getattr(self.graph.layers[path], point).shape))
 
   def transformed(self, path, point, training=False, before=None):
-    """Returns a layer's weight after its transforms, or after those that come `before` one, as a tensor."""
+    """Returns a layer's weight, a tensor, after its transforms, or those `before` one of them."""
     value = keras.ops.convert_to_tensor(getattr(self.graph.layers[path], point))
     for transform in self.transforms_at(path, point):
       if transform is before:
@@ -95,21 +102,26 @@ class Instrumented(keras.Model):
     activate = activate or (lambda transform, x: transform(x, training=training))
     model = functional(self.source)
     outputs = self.graph.run(
-      model._standardize_inputs(inputs), training=training,
-      call=lambda node, args, kwargs: self._call_node(node, args, kwargs, training, activate))
+      model._standardize_inputs(inputs),
+      training=training,
+      call=lambda node, args, kwargs: self._call_node(node, args, kwargs, training, activate),
+    )
     return keras.tree.pack_sequence_as(model._outputs_struct, outputs)
 
   def _call_node(self, node, args, kwargs, training, activate):
     training = training and not node.inference_only
     for transform in self.transforms_at(node.path, 'input'):
       args = (activate(transform, args[0]), *args[1:])
-    weights = dict.fromkeys(point for path, point in self._places
-                            if path == node.path and point not in ACTIVATION_POINTS)
+    weights = dict.fromkeys(
+      point for path, point in self._places if path == node.path and point not in ACTIVATION_POINTS
+    )
     if node.is_input:
       outputs = args[0]
     elif weights:
-      mapping = [(getattr(node.operation, point), self.transformed(node.path, point, training))
-                 for point in weights]
+      mapping = [
+        (getattr(node.operation, point), self.transformed(node.path, point, training))
+        for point in weights
+      ]
       with keras.StatelessScope(state_mapping=mapping, collect_losses=True) as scope:
         outputs = node.operation(*args, **kwargs)
       if scope.losses:  # of an activity regularizer
@@ -130,16 +142,22 @@ class Instrumented(keras.Model):
     return {
       'name': self.name,
       'source': keras.saving.serialize_keras_object(self.source),
-      'placements': [[path, point, keras.saving.serialize_keras_object(transform)]
-                     for path, point, transform in self.placements],
+      'placements': [
+        [path, point, keras.saving.serialize_keras_object(transform)]
+        for path, point, transform in self.placements
+      ],
     }
 
   @classmethod
   def from_config(cls, config, custom_objects=None):
     load = keras.saving.deserialize_keras_object
-    placements = [Placement(path, point, load(transform, custom_objects=custom_objects))
-                  for path, point, transform in config['placements']]
-    return cls(load(config['source'], custom_objects=custom_objects), placements, name=config['name'])
+    placements = [
+      Placement(path, point, load(transform, custom_objects=custom_objects))
+      for path, point, transform in config['placements']
+    ]
+    return cls(
+      load(config['source'], custom_objects=custom_objects), placements, name=config['name']
+    )
 
 
 def instrument(model, placements=()):
@@ -154,7 +172,9 @@ def instrument(model, placements=()):
   """
   placements = list(placements)
   if len({id(placement.transform) for placement in placements}) < len(placements):
-    raise ValueError('Argument `placements` has one transform at two places; each place needs its own.')
+    raise ValueError(
+      'Argument `placements` has one transform at two places; each place needs its own.'
+    )
   return Instrumented(model, placements)
 
 
@@ -169,7 +189,9 @@ def strip(model):
   stripped = keras.models.clone_model(model.source)
   stripped.set_weights(model.source.get_weights())
   layers = Graph(stripped).layers
-  for path, point in dict.fromkeys((placement.path, placement.point) for placement in model.placements):
+  for path, point in dict.fromkeys(
+    (placement.path, placement.point) for placement in model.placements
+  ):
     if point not in ACTIVATION_POINTS:
       getattr(layers[path], point).assign(model.baked(path, point))
   return stripped

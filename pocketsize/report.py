@@ -1,4 +1,4 @@
-"""What a compression did: plan.json, report.json and the table on the screen. The keys are in docs/report.md."""
+"""What a compression did: plan.json, report.json (docs/report.md) and the table on the screen."""
 
 import importlib.metadata
 import platform
@@ -14,7 +14,17 @@ from pocketsize.quantization.placement import MOVING
 from pocketsize.quantization.quantizers import ActivationQuantizer, WeightQuantizer
 
 FLOAT_BITS = 32
-PACKAGES = ('pocketsize', 'tensorflow', 'keras', 'numpy', 'tf2onnx', 'onnx', 'onnxruntime', 'openvino', 'ai-edge-litert')
+PACKAGES = (
+  'pocketsize',
+  'tensorflow',
+  'keras',
+  'numpy',
+  'tf2onnx',
+  'onnx',
+  'onnxruntime',
+  'openvino',
+  'ai-edge-litert',
+)
 
 
 def plan(model, stack):
@@ -23,15 +33,26 @@ def plan(model, stack):
   {'placements': [{path, point, transform, config}], 'skipped': {path: reason}}
   """
   return {
-    'placements': [{'path': path, 'point': point, 'transform': type(transform).__name__,
-                    'config': transform.get_config()} for path, point, transform in model.placements],
-    'skipped': stack.skipped}
+    'placements': [
+      {
+        'path': path,
+        'point': point,
+        'transform': type(transform).__name__,
+        'config': transform.get_config(),
+      }
+      for path, point, transform in model.placements
+    ],
+    'skipped': stack.skipped,
+  }
 
 
 def weight_bits(model, path):
   """Returns the bits of a layer's weights in an `Instrumented` model; 32 for float."""
-  bits = [transform.bits for place, _, transform in model.placements
-          if place == path and isinstance(transform, WeightQuantizer)]
+  bits = [
+    transform.bits
+    for place, _, transform in model.placements
+    if place == path and isinstance(transform, WeightQuantizer)
+  ]
   return max(bits, default=FLOAT_BITS)
 
 
@@ -40,8 +61,11 @@ def activation_bits(model, path):
   node = next(node for node in model.graph.nodes if node.path == path)
   while node.inputs:
     node = model.graph.producer(node.inputs[0])
-    bits = [transform.bits for transform in model.transforms_at(node.path, 'output')
-            if isinstance(transform, ActivationQuantizer)]
+    bits = [
+      transform.bits
+      for transform in model.transforms_at(node.path, 'output')
+      if isinstance(transform, ActivationQuantizer)
+    ]
     if bits:
       return bits[-1]
     if type(node.operation).__name__ not in MOVING:
@@ -59,21 +83,37 @@ def layers(model, skipped):
   entries = []
   for layer in cost.layer_costs(model.graph):
     points = targets.weight_points(deployed[layer.name])
-    weights = np.concatenate([np.ravel(getattr(deployed[layer.name], point)) for point in points]) if points else None
-    entries.append({
-      'name': layer.name, 'params': layer.params, 'macs': layer.macs,
-      'weight_bits': weight_bits(model, layer.name), 'activation_bits': activation_bits(model, layer.name),
-      'sparsity': round(1.0 - np.count_nonzero(weights) / weights.size, 6) if points else 0.0,
-      'channels_before': layer.channels, 'channels_after': layer.channels,
-      'skipped_because': skipped.get(layer.name)})
+    weights = (
+      np.concatenate([np.ravel(getattr(deployed[layer.name], point)) for point in points])
+      if points
+      else None
+    )
+    entries.append(
+      {
+        'name': layer.name,
+        'params': layer.params,
+        'macs': layer.macs,
+        'weight_bits': weight_bits(model, layer.name),
+        'activation_bits': activation_bits(model, layer.name),
+        'sparsity': round(1.0 - np.count_nonzero(weights) / weights.size, 6) if points else 0.0,
+        'channels_before': layer.channels,
+        'channels_after': layer.channels,
+        'skipped_because': skipped.get(layer.name),
+      }
+    )
   return entries
 
 
 def mean_weight_bits(model):
   """Returns the mean bits of all weights that can be compressed, each weight counting once."""
-  sizes = {path: sum(np.prod(getattr(layer, point).shape) for point in targets.weight_points(layer))
-           for path, layer in targets.weighted_layers(model.graph).items()}
-  return float(sum(size * weight_bits(model, path) for path, size in sizes.items()) / max(sum(sizes.values()), 1))
+  sizes = {
+    path: sum(np.prod(getattr(layer, point).shape) for point in targets.weight_points(layer))
+    for path, layer in targets.weighted_layers(model.graph).items()
+  }
+  return float(
+    sum(size * weight_bits(model, path) for path, size in sizes.items())
+    / max(sum(sizes.values()), 1)
+  )
 
 
 def versions():
@@ -103,14 +143,26 @@ def build(model, *, names, float_metrics, metrics, bytes_, files, seconds, comma
   stripped = strip(model)
   return {
     **names,
-    'float': {'metrics': float_metrics, 'params': model.source.count_params(), 'macs': cost.macs(model.graph),
-              'bytes': bytes_[0]},
-    'compressed': {'metrics': metrics, 'params': stripped.count_params(), 'nonzero_params': cost.nonzero_params(stripped),
-                   'macs': cost.macs(Graph(stripped)), 'mean_weight_bits': round(mean_weight_bits(model), 4),
-                   'bytes': bytes_[1]},
+    'float': {
+      'metrics': float_metrics,
+      'params': model.source.count_params(),
+      'macs': cost.macs(model.graph),
+      'bytes': bytes_[0],
+    },
+    'compressed': {
+      'metrics': metrics,
+      'params': stripped.count_params(),
+      'nonzero_params': cost.nonzero_params(stripped),
+      'macs': cost.macs(Graph(stripped)),
+      'mean_weight_bits': round(mean_weight_bits(model), 4),
+      'bytes': bytes_[1],
+    },
     'files': files,
     'layers': layers(model, skipped or {}),
-    'seconds': seconds, 'command': command, 'versions': versions()}
+    'seconds': seconds,
+    'command': command,
+    'versions': versions(),
+  }
 
 
 def show(report, console=None):
@@ -118,21 +170,49 @@ def show(report, console=None):
   console = console or Console(width=None if Console().is_terminal else 120)
   metric = next(iter(report['float']['metrics']))
   table = Table(title=f'{report["model"]} on {report["dataset"]}, {report["learner"]}')
-  for heading, justify in (('what', 'left'), (metric, 'right'), ('bytes', 'right'), ('params', 'right'), ('MACs', 'right'),
-                           ('ms', 'right'), ('max diff', 'right'), ('int8 / float ops', 'right')):
+  for heading, justify in (
+    ('what', 'left'),
+    (metric, 'right'),
+    ('bytes', 'right'),
+    ('params', 'right'),
+    ('MACs', 'right'),
+    ('ms', 'right'),
+    ('max diff', 'right'),
+    ('int8 / float ops', 'right'),
+  ):
     table.add_column(heading, justify=justify, no_wrap=True)
   for name in ('float', 'compressed'):
     part = report[name]
     params = part.get('nonzero_params', part['params'])
-    table.add_row(f'Keras, {name}', f'{part["metrics"][metric]:.4f}', f'{part["bytes"]:,}', f'{params:,}',
-                  f'{part["macs"]:,}', '', '', '')
+    table.add_row(
+      f'Keras, {name}',
+      f'{part["metrics"][metric]:.4f}',
+      f'{part["bytes"]:,}',
+      f'{params:,}',
+      f'{part["macs"]:,}',
+      '',
+      '',
+      '',
+    )
   for file in report['files']:
-    table.add_row(file['format'], f'{file["metrics"][metric]:.4f}', f'{file["bytes"]:,}', '', '',
-                  f'{file["latency_ms"]:.3f}', f'{file["max_abs_diff"]:.2g}', f'{file["int8_ops"]} / {file["float_ops"]}')
+    table.add_row(
+      file['format'],
+      f'{file["metrics"][metric]:.4f}',
+      f'{file["bytes"]:,}',
+      '',
+      '',
+      f'{file["latency_ms"]:.3f}',
+      f'{file["max_abs_diff"]:.2g}',
+      f'{file["int8_ops"]} / {file["float_ops"]}',
+    )
   console.print(table)
   for file in report['files']:
     if file.get('note'):
       console.print(f'{file["format"]}: {file["note"]}', style='dim', highlight=False)
-  skipped = [f'{layer["name"]} ({layer["skipped_because"]})' for layer in report['layers'] if layer['skipped_because']]
+  skipped = [
+    f'{layer["name"]} ({layer["skipped_because"]})'
+    for layer in report['layers']
+    if layer['skipped_because']
+  ]
   if skipped:
     console.print('Left alone: ' + ', '.join(skipped), highlight=False)

@@ -4,10 +4,11 @@ import math
 
 
 def polynomial(step, begin, end, initial, final, exponent=3.0):
-  """Returns the value at `step` on a polynomial from `initial` to `final` (Zhu & Gupta 2017, equation 1).
+  """Returns the value at `step` on a polynomial from `initial` to `final` (Zhu & Gupta 2017,
+  equation 1).
 
-  final + (initial - final) * (1 - p)^exponent with p = (step - begin) / (end - begin), clipped to [0, 1].
-  With end <= begin the value jumps from initial to final at `begin`.
+  final + (initial - final) * (1 - p)^exponent with p = (step - begin) / (end - begin), clipped to
+  [0, 1]. With end <= begin the value jumps from initial to final at `begin`.
   """
   if step < begin:
     return initial

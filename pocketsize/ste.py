@@ -7,8 +7,8 @@ import tensorflow as tf
 def replace(x, value):
   """Returns `value` to the last bit; the gradient goes to `x` unchanged.
 
-  (The usual `x + stop_gradient(value - x)` rounds, and a value that is off by one bit is no longer on
-  the grid that a file holds.)
+  (The usual `x + stop_gradient(value - x)` rounds, and a value that is off by one bit is no longer
+  on the grid that a file holds.)
 
   Args:
     x: tensor that gets the gradient.

@@ -1,4 +1,4 @@
-"""Which layer gets which configuration: rules, last match wins, and the reason for every layer that gets none."""
+"""Which layer gets which configuration: rules, last match wins; and why a layer gets none."""
 
 import dataclasses
 import difflib
@@ -11,12 +11,18 @@ from pocketsize.errors import UserError
 
 # Layers whose weights are matrices or filters, with the attributes that hold them.
 WEIGHTS_BY_TYPE = {
-  'Conv1D': ('kernel',), 'Conv2D': ('kernel',), 'Conv3D': ('kernel',),
-  'Conv1DTranspose': ('kernel',), 'Conv2DTranspose': ('kernel',), 'Conv3DTranspose': ('kernel',),
-  'DepthwiseConv1D': ('kernel',), 'DepthwiseConv2D': ('kernel',),
+  'Conv1D': ('kernel',),
+  'Conv2D': ('kernel',),
+  'Conv3D': ('kernel',),
+  'Conv1DTranspose': ('kernel',),
+  'Conv2DTranspose': ('kernel',),
+  'Conv3DTranspose': ('kernel',),
+  'DepthwiseConv1D': ('kernel',),
+  'DepthwiseConv2D': ('kernel',),
   'SeparableConv1D': ('depthwise_kernel', 'pointwise_kernel'),
   'SeparableConv2D': ('depthwise_kernel', 'pointwise_kernel'),
-  'Dense': ('kernel',), 'EinsumDense': ('kernel',),
+  'Dense': ('kernel',),
+  'EinsumDense': ('kernel',),
 }
 
 
@@ -52,8 +58,10 @@ def name_matches(name, path):
 
 
 def weighted_layers(graph):
-  """Returns {path: layer} of the layers whose weights can be compressed, in the order of execution."""
-  return {path: layer for path, layer in graph.layers.items() if type(layer).__name__ in WEIGHTS_BY_TYPE}
+  """Returns {path: layer} of the layers with weights to compress, in order of execution."""
+  return {
+    path: layer for path, layer in graph.layers.items() if type(layer).__name__ in WEIGHTS_BY_TYPE
+  }
 
 
 def weight_points(layer):
@@ -70,7 +78,11 @@ def channel_axes(layer, point):
     return (-2,)
   if name == 'EinsumDense':
     outputs = layer.equation.split('->')[1]
-    return tuple(axis for axis, letter in enumerate(layer.equation.split('->')[0].split(',')[1]) if letter in outputs)
+    return tuple(
+      axis
+      for axis, letter in enumerate(layer.equation.split('->')[0].split(',')[1])
+      if letter in outputs
+    )
   return (-1,)
 
 
@@ -82,7 +94,8 @@ def resolve(graph, rules):
     rules: sequence of `Rule`; of those that match a layer the last wins.
 
   Raises:
-    UserError: a name that matches no layer with weights, or a type that is none of `WEIGHTS_BY_TYPE`.
+    UserError: a name that matches no layer with weights, or a type that is none of
+      `WEIGHTS_BY_TYPE`.
   """
   candidates = weighted_layers(graph)
   _check(candidates, rules)
@@ -103,7 +116,8 @@ def resolve(graph, rules):
 
 def _has_matrix(layer):
   return not isinstance(layer, keras.layers.Normalization) and any(
-    len(weight.shape) > 1 for weight in layer.weights)
+    len(weight.shape) > 1 for weight in layer.weights
+  )
 
 
 def _check(candidates, rules):
@@ -111,9 +125,16 @@ def _check(candidates, rules):
   for rule in rules:
     for op_type in rule.op_types:
       if op_type not in WEIGHTS_BY_TYPE:
-        raise UserError(f'`op_types` must be among {", ".join(WEIGHTS_BY_TYPE)}. Received: {op_type!r}.')
+        raise UserError(
+          f'`op_types` must be among {", ".join(WEIGHTS_BY_TYPE)}. Received: {op_type!r}.'
+        )
     for name in rule.op_names:
       if not any(name_matches(name, path) for path in candidates):
         near = difflib.get_close_matches(name, candidates, n=1) or list(candidates)[:1]
-        raise UserError(f'`op_names` has {name!r}, which matches no layer with weights (types {", ".join(types)}). '
-                        f'Did you mean {near[0]!r}?' if near else f'The model has no layer to match {name!r}.')
+        raise UserError(
+          f'`op_names` has {name!r}, which matches no layer with weights '
+          f'(types {", ".join(types)}). '
+          f'Did you mean {near[0]!r}?'
+          if near
+          else f'The model has no layer to match {name!r}.'
+        )

@@ -1,4 +1,4 @@
-"""What acts inside the network: transforms, where they are placed, and the grid that a file must hold."""
+"""What acts inside the network: transforms, their places, and the grid that a file must hold."""
 
 from typing import NamedTuple
 
@@ -10,8 +10,8 @@ class Grid(NamedTuple):
   """The values that a quantized kernel can take: `code * scale`.
 
   Attributes:
-    scale: positive float array that broadcasts against the kernel: one for the tensor, or one for each
-      output channel.
+    scale: positive float array that broadcasts against the kernel: one for the tensor, or one for
+      each output channel.
     bits: 1 to 16. Codes are integers with |code| < 2 ** (bits - 1); -1 and 1 for one bit.
   """
 
@@ -26,8 +26,8 @@ class Grid(NamedTuple):
 class Transform(keras.layers.Layer):
   """Maps a kernel or an activation to a tensor of the same shape.
 
-  What it must remember is made by `add_weight` in `build`, hence saved, restored and broadcast without
-  another word. A transform that comes back from a file is already built.
+  What it must remember is made by `add_weight` in `build`, hence saved, restored and broadcast
+  without another word. A transform that comes back from a file is already built.
 
   Attributes:
     order: transforms of one placement run in ascending order: masks 10, quantizers 20.
@@ -43,7 +43,7 @@ class Transform(keras.layers.Layer):
     return input_shape
 
   def grid(self, kernel):
-    """Returns the `Grid` on which `kernel` ([...] array, as deployed) lies, or None if it has none."""
+    """Returns the `Grid` on which `kernel` (array, as deployed) lies, or None if it has none."""
     return None
 
 

@@ -30,8 +30,8 @@ class Output:
 
   def __init__(self):
     self.exit_codes = []
-    self.own_lines = []     # what horovodrun says itself
-    self._said_by = collections.OrderedDict()   # line -> the rank that said it first
+    self.own_lines = []  # what horovodrun says itself
+    self._said_by = collections.OrderedDict()  # line -> the rank that said it first
     self._lock = threading.Lock()
 
   def forward(self, source, target):
@@ -58,14 +58,19 @@ class Output:
 
 def workers_below(launcher):
   """The processes that horovodrun started as ranks on this machine, without their children."""
+
   def is_rank(process):
     try:
       return 'HOROVOD_RANK' in process.environ()
     except psutil.Error:
       return False
+
   try:
-    ranks = [process for process in psutil.Process(launcher.pid).children(recursive=True)
-             if is_rank(process)]
+    ranks = [
+      process
+      for process in psutil.Process(launcher.pid).children(recursive=True)
+      if is_rank(process)
+    ]
   except psutil.NoSuchProcess:
     return []
   ids = {process.pid for process in ranks}
@@ -81,9 +86,16 @@ def end_with_parent():
 
 def main(command):
   # A session of its own: Ctrl-C in the terminal comes to this process only.
-  launcher = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                              errors='replace', bufsize=1, start_new_session=True,
-                              preexec_fn=end_with_parent)
+  launcher = subprocess.Popen(
+    command,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    errors='replace',
+    bufsize=1,
+    start_new_session=True,
+    preexec_fn=end_with_parent,
+  )
   received = []
 
   def pass_on(number, _):
@@ -101,18 +113,20 @@ def main(command):
   signal.signal(signal.SIGTERM, pass_on)
 
   output = Output()
-  threads = [threading.Thread(target=output.forward, args=streams)
-             for streams in ((launcher.stdout, sys.stdout), (launcher.stderr, sys.stderr))]
+  threads = [
+    threading.Thread(target=output.forward, args=streams)
+    for streams in ((launcher.stdout, sys.stdout), (launcher.stderr, sys.stderr))
+  ]
   for thread in threads:
     thread.start()
   exit_code = launcher.wait()
   for thread in threads:
     thread.join()
-  if exit_code and not output.exit_codes:   # no worker failed: horovodrun did
+  if exit_code and not output.exit_codes:  # no worker failed: horovodrun did
     sys.stderr.writelines(output.own_lines)
-  if USER_ERROR in output.exit_codes:   # one rank's user error ends the others with code 1
+  if USER_ERROR in output.exit_codes:  # one rank's user error ends the others with code 1
     return USER_ERROR
-  if exit_code < 0:                         # ended by a signal: the code a shell would give
+  if exit_code < 0:  # ended by a signal: the code a shell would give
     exit_code = 128 - exit_code
   return next(iter(output.exit_codes), exit_code)
 

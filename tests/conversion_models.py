@@ -90,7 +90,7 @@ def samples(count=32):
 
 
 def randomized(model, seed=0):
-  """Gives batch norms and biases values as after training; some gammas are negative, one is zero."""
+  """Gives batch norms and biases trained values; some gammas are negative, one is zero."""
   rng = np.random.default_rng(seed)
   for layer in Graph(model).layers.values():
     if isinstance(layer, layers.BatchNormalization):

@@ -43,13 +43,21 @@ def breaks(name, imports):
   is_run_script = name.endswith('_run.py')
 
   def among(*packages):
-    return {found for found in imports if any((found + '.').startswith(package + '.') for package in packages)}
+    return {
+      found
+      for found in imports
+      if any((found + '.').startswith(package + '.') for package in packages)
+    }
 
   forbidden = set()
   if folder == 'pocketsize':
     forbidden |= among('absl', 'horovod', 'nets', 'datasets', 'learners', 'evaluators', 'tools')
   if folder == 'learners':
-    forbidden |= {found for found in among('nets') if not found.startswith('nets.model_helper') and found != 'nets'}
+    forbidden |= {
+      found
+      for found in among('nets')
+      if not found.startswith('nets.model_helper') and found != 'nets'
+    }
   if folder == 'datasets':
     forbidden |= among('keras')
   if folder not in ('learners', 'tools') and not is_run_script:
@@ -105,7 +113,9 @@ def test_a_module_is_short_enough_to_read(name):
 def public_without_docstring(node, inherited=False):
   """Yields public functions and classes without docstring; a method of a subclass may inherit."""
   for child in node.body:
-    if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) or child.name.startswith('_'):
+    if not isinstance(
+      child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    ) or child.name.startswith('_'):
       continue
     if not ast.get_docstring(child) and not (inherited and isinstance(child, ast.FunctionDef)):
       yield child.name
@@ -120,11 +130,15 @@ def test_everything_public_in_the_library_has_a_docstring(name):
   properties = [
     node.name
     for node in ast.walk(tree)
-    if isinstance(node, ast.FunctionDef) and any(getattr(each, 'id', '') == 'property' for each in node.decorator_list)
+    if isinstance(node, ast.FunctionDef)
+    and any(getattr(each, 'id', '') == 'property' for each in node.decorator_list)
   ]
   assert [found for found in public_without_docstring(tree) if found not in properties] == []
 
 
 def test_a_missing_docstring_is_found():
-  tree = ast.parse('def f():\n  pass\nclass A:\n  def g(self):\n    pass\nclass B(A):\n  """B."""\n  def g(self):\n    pass')
+  tree = ast.parse(
+    'def f():\n  pass\nclass A:\n  def g(self):\n    pass\n'
+    'class B(A):\n  """B."""\n  def g(self):\n    pass'
+  )
   assert list(public_without_docstring(tree)) == ['f', 'A', 'g']

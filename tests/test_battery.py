@@ -71,7 +71,9 @@ def test_the_neutral_configuration_changes_nothing(name, toy):
   """Neither outputs nor three steps of training; 1e-4 as for an empty overlay."""
   neutral = dataclasses.asdict(discover()[name].Config.neutral())
   plain = compile_for_logits(pocketsize.instrument(MODELS[toy]()))
-  model, stack = pocketsize.compress(MODELS[toy](), [{'algorithm': name, **neutral}], calibration=[images()])
+  model, stack = pocketsize.compress(
+    MODELS[toy](), [{'algorithm': name, **neutral}], calibration=[images()]
+  )
   np.testing.assert_array_equal(model(images()), plain(images()))
   fit(plain, pocketsize.Stack(), 0, 3)
   fit(compile_for_logits(model), stack, 0, 3)
@@ -132,7 +134,9 @@ def test_twenty_and_twenty_steps_are_forty_bit_for_bit(name, toy, deterministic)
   for variable, value in zip(rest.weights + rest.optimizer.variables, state, strict=True):
     variable.assign(value)
   fit(rest, stack, STEPS // 2, STEPS)
-  for expected, got in zip(whole.weights + whole.optimizer.variables, rest.weights + rest.optimizer.variables, strict=True):
+  for expected, got in zip(
+    whole.weights + whole.optimizer.variables, rest.weights + rest.optimizer.variables, strict=True
+  ):
     np.testing.assert_array_equal(got, expected, err_msg=expected.path)
 
 
@@ -144,7 +148,9 @@ def test_forgetting_the_step_is_noticed(name):
   half, stack = compressed(name, 'functional')
   fit(half, stack, 0, 6)
   fit(half, stack, 6, 12, callback_step=0)
-  assert any(np.abs(np.array(a) - b).max() > 1e-6 for a, b in zip(whole.weights, half.weights, strict=True))
+  assert any(
+    np.abs(np.array(a) - b).max() > 1e-6 for a, b in zip(whole.weights, half.weights, strict=True)
+  )
 
 
 @everywhere
@@ -155,7 +161,9 @@ def test_strip_leaves_stock_layers_that_compute_the_same(name, toy):
   stripped = pocketsize.strip(model)
   for layer in stripped._flatten_layers():
     assert type(layer).__module__.startswith('keras.')
-  np.testing.assert_allclose(stripped(images()), model.run(images(), activate=lambda transform, x: x), rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(
+    stripped(images()), model.run(images(), activate=lambda transform, x: x), rtol=1e-5, atol=1e-5
+  )
   for path, point, _ in model.placements:
     if point not in ('input', 'output'):
       got = getattr(pocketsize.Graph(stripped).layers[path], point)
@@ -166,7 +174,9 @@ def test_strip_leaves_stock_layers_that_compute_the_same(name, toy):
 @each_algorithm
 def test_statistics_weights_and_outputs_are_finite(name, toy):
   model, stack = trained(name, toy)
-  assert all(isinstance(value, float) and math.isfinite(value) for value in stack.statistics().values())
+  assert all(
+    isinstance(value, float) and math.isfinite(value) for value in stack.statistics().values()
+  )
   assert all(np.isfinite(weight).all() for weight in model.get_weights())
   assert np.isfinite(model(images())).all()
   assert stack.stage(STEPS) is pocketsize.Stage.FULL
@@ -212,7 +222,10 @@ def test_an_update_is_pure_in_the_step_and_the_weights(name):
 def test_a_plan_is_the_same_each_time(name):
   graph = pocketsize.Graph(MODELS['shared']())
   stack = stack_from(entries(name))
-  plans = [[(place.path, place.point, type(place.transform)) for place in stack.plan(graph)] for _ in range(2)]
+  plans = [
+    [(place.path, place.point, type(place.transform)) for place in stack.plan(graph)]
+    for _ in range(2)
+  ]
   assert plans[0] == plans[1]
   assert len({place for place in plans[0]}) == len(plans[0]) > 0
 

@@ -47,7 +47,11 @@ def test_quantizing_what_is_pruned_keeps_the_zeros(bits, turned):
     {'algorithm': 'uniform', 'weight_bits': bits, 'end_bits': 0},
   ]
   model, stack = pocketsize.compress(conv_net(), both[::-1] if turned else both)
-  masks = {place.path: np.array(place.transform.mask) for place in model.placements if place.transform.order == 10}
+  masks = {
+    place.path: np.array(place.transform.mask)
+    for place in model.placements
+    if place.transform.order == 10
+  }
   stripped = pocketsize.strip(model)
   for path, mask in masks.items():
     kernel = np.array(stripped.get_layer(path).kernel)
@@ -129,7 +133,9 @@ def test_the_callback_counts_optimizer_steps_over_epochs_and_fits():
   assert recorder.steps == [0, 1, 2, 3, 4, 5]
   model.fit(images(8), labels(8), batch_size=8, verbose=0, callbacks=[CompressionCallback(stack)])
   assert recorder.steps[6:] == [6]
-  model.fit(images(8), labels(8), batch_size=8, verbose=0, callbacks=[CompressionCallback(stack, step=40)])
+  model.fit(
+    images(8), labels(8), batch_size=8, verbose=0, callbacks=[CompressionCallback(stack, step=40)]
+  )
   assert recorder.steps[7:] == [40]
 
 

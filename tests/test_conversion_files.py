@@ -78,8 +78,9 @@ def test_int8_files_compute_what_keras_computes(name, tmp_path):
   model = build(name)
   files = export(model, tmp_path, INT8)
   expected, step = outputs(model), models.output_step(model)
-  # All round biases to int32, so an output in a hundred of each layer is one step off, and steps add
-  # up where branches meet. OpenVINO adds inside the convolution without rounding the summand first.
+  # All round biases to int32, so an output in a hundred of each layer is one step off, and steps
+  # add up where branches meet. OpenVINO adds inside the convolution without rounding the summand
+  # first.
   steps_off = 2 if name in ('residual', 'concatenation') else 1
   farthest = {'tflite_int8': steps_off, 'onnx_qdq': steps_off, 'openvino_int8': 2 * steps_off}
   for format_, file in files.items():
@@ -88,7 +89,8 @@ def test_int8_files_compute_what_keras_computes(name, tmp_path):
     assert (steps < 0.01).mean() > (0.25 if format_ == 'openvino_int8' else 0.6)
     int8_ops, float_ops = conversion.count_ops(file.path)
     assert int8_ops >= 2
-    # ONNX Runtime has no integer ConvTranspose; OpenVINO counts the rounding of a pooling at the end.
+    # ONNX Runtime has no integer ConvTranspose; OpenVINO counts the rounding of a pooling at the
+    # end.
     assert float_ops == {('transposed', 'onnx_qdq'): 1, ('depthwise', 'openvino_int8'): 1}.get(
       (name, format_), 0
     )

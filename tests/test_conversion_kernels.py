@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from pocketsize.conversion import kernels
+from pocketsize.conversion import folding, kernels
 from pocketsize.quantization.quantizers import WeightQuantizer
 from pocketsize.transform import Grid, Transform
 
@@ -59,7 +59,8 @@ def test_a_group_of_zeros_has_scale_zero_in_training_and_codes_zero_here():
 
 
 def test_bias_fits_int32_where_batch_norm_all_but_erases_a_channel():
-  # 1 / (0.01 * 1e-9) = 1e11 would not fit; the step grows to 1 / (2^30 * 0.01), 100 * 1e-9 beside it.
+  # 1 / (0.01 * 1e-9) = 1e11 would not fit; the step grows to 1 / (2^30 * 0.01), 100 * 1e-9 beside
+  # it.
   kernel = kernels.make_kernel(
     'd',
     keras.layers.Dense(1),
@@ -136,5 +137,5 @@ def test_batch_norm_factors_against_the_layer():
     ]
   )
   x = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
-  factor, offset = kernels.batch_norm_factors(layer)
+  factor, offset = folding.batch_norm_factors(layer)
   np.testing.assert_allclose(x * factor + offset, layer(x), atol=1e-6)

@@ -71,8 +71,7 @@ def test_resnet_20_has_40_8_million_macs():
 
   First conv 1024 * 27 * 16; stage one 6 * 1024 * 144 * 16; stage two 256 * 32 * (144 + 5 * 288) and
   projection 256 * 16 * 32; stage three 64 * 64 * (288 + 5 * 576) and projection 64 * 32 * 64; dense
-  640: 40,813,184 with
-  the two projections of 131,072 each, hence 40,551,040 without.
+  640: 40,813,184 with the two projections of 131,072 each, hence 40,551,040 without.
   """
   resnet = pytest.importorskip('nets.resnet_at_cifar10')
   first = 1024 * 27 * 16

@@ -70,8 +70,12 @@ def test_logits_are_taken_out_of_the_outputs_of_both():
     def __call__(self, x, training):
       return {'logits': tf.constant([[0.0, 0.0]])}
 
-  loss = Distillation(Teacher(), DistillationConfig(1.0, 1.0), logits=lambda outputs: outputs['logits'])
-  assert float(loss.loss(None, None, {'logits': tf.constant([[0.0, 0.0]])})) == pytest.approx(math.log(2), rel=1e-6)
+  loss = Distillation(
+    Teacher(), DistillationConfig(1.0, 1.0), logits=lambda outputs: outputs['logits']
+  )
+  assert float(loss.loss(None, None, {'logits': tf.constant([[0.0, 0.0]])})) == pytest.approx(
+    math.log(2), rel=1e-6
+  )
 
 
 def test_fit_adds_it_in_training_and_not_in_evaluation():
@@ -88,5 +92,7 @@ def test_fit_adds_it_in_training_and_not_in_evaluation():
 
 @pytest.mark.parametrize('bad', [(-1.0, 4.0), (1.0, 0.0), (1.0, -2.0)])
 def test_nonsense_is_refused(bad):
-  with pytest.raises(UserError, match=r'`weight` at least 0 and `temperature` above 0\. Received: '):
+  with pytest.raises(
+    UserError, match=r'`weight` at least 0 and `temperature` above 0\. Received: '
+  ):
     DistillationConfig(*bad)

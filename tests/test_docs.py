@@ -1,4 +1,4 @@
-"""The documentation is true: pages that are made from code, links, paths, flags, keys, and programs that run."""
+"""The documentation is true: pages made from code, links, paths, flags, keys, programs."""
 
 import json
 import os
@@ -22,7 +22,9 @@ PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 PACKAGES = ('pocketsize', 'learners', 'nets', 'datasets', 'evaluators', 'scripts')
 PLACEHOLDERS = {'name', 'noname', 'flag', 'flags'}
-TOP = {path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith('.')} - {'runs'}
+TOP = {path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith('.')} - {
+  'runs'
+}
 
 
 def text_of(name):
@@ -36,8 +38,11 @@ def blocks(text, language):
 
 def files_in(text):
   """Returns {path: content} of the Python files that a page shows."""
-  return {block.partition('\n')[0].removeprefix('# '): block.partition('\n')[2]
-          for block in blocks(text, 'python') if re.match(r'# [\w/]+\.py\n', block)}
+  return {
+    block.partition('\n')[0].removeprefix('# '): block.partition('\n')[2]
+    for block in blocks(text, 'python')
+    if re.match(r'# [\w/]+\.py\n', block)
+  }
 
 
 def anchors(text):
@@ -65,18 +70,23 @@ def broken_links(page, text):
 
 
 def missing_paths(text):
-  """Returns the paths in backticks or blocks that begin with a folder of the repository and do not exist."""
+  """Returns the repository paths in backticks or blocks that do not exist."""
   prose = re.sub(r'^```.*?^```$', '', text, flags=re.MULTILINE | re.DOTALL)
   words = re.findall(r'`([^`\s]+)`', prose)
   words += re.split(r'[\s=]+', ' '.join(blocks(text, '(?:sh)?')))
   found = [word.removeprefix('./').rstrip('.,') for word in words]
   found = [word for word in found if '/' in word and word.split('/')[0] in TOP and '<' not in word]
-  return [word for word in found if word not in files_in(text) and not list(ROOT.glob(word.rstrip('/')))]
+  return [
+    word for word in found if word not in files_in(text) and not list(ROOT.glob(word.rstrip('/')))
+  ]
 
 
 def known_flags():
   """Returns the names of all flags: of nets and learners, of tools, and of the scripts."""
-  names = set(re.findall(r'^\| `(\w+)` \|', text_of('docs/flags.md'), re.MULTILINE)) | {'help', 'flagfile'}
+  names = set(re.findall(r'^\| `(\w+)` \|', text_of('docs/flags.md'), re.MULTILINE)) | {
+    'help',
+    'flagfile',
+  }
   for path in [*ROOT.glob('tools/*/*.py'), *ROOT.glob('examples/*.py'), *ROOT.glob('scripts/*.sh')]:
     names.update(re.findall(r"DEFINE_\w+\(\s*'(\w+)'|--(\w+)", path.read_text()))
   return {name for found in names for name in ([found] if isinstance(found, str) else found)} - {''}
@@ -84,13 +94,23 @@ def known_flags():
 
 def unknown_flags(text):
   """Returns the flags that a page mentions and that do not exist."""
-  mentioned = set(re.findall(r'(?<![\w-])--(\w+)', re.sub(r'^```text\n.*?^```$', '', text, flags=re.MULTILINE | re.DOTALL)))
-  own = {name for content in files_in(text).values() for name in re.findall(r'^    (\w+): ', content, re.MULTILINE)}
+  mentioned = set(
+    re.findall(
+      r'(?<![\w-])--(\w+)', re.sub(r'^```text\n.*?^```$', '', text, flags=re.MULTILINE | re.DOTALL)
+    )
+  )
+  own = {
+    name
+    for content in files_in(text).values()
+    for name in re.findall(r'^    (\w+): ', content, re.MULTILINE)
+  }
   return mentioned - known_flags() - own - PLACEHOLDERS
 
 
 def test_the_page_of_flags_is_that_of_the_code():
-  done = subprocess.run([sys.executable, '-m', 'tools.docs.flags', '--check'], cwd=ROOT, text=True, capture_output=True)
+  done = subprocess.run(
+    [sys.executable, '-m', 'tools.docs.flags', '--check'], cwd=ROOT, text=True, capture_output=True
+  )
   assert done.returncode == 0, done.stderr
 
 
@@ -116,8 +136,11 @@ def test_flags_exist(name):
 
 
 def test_what_is_wrong_is_found():
-  text = ('# A page\n[a](nothing.md) [b](../README.md) [c](#a-page) [d](#no-page) `learners/nothing.py` `learners/main.py`\n'
-          '```sh\n./scripts/nothing.sh nets/lenet_at_cifar10_run.py --learner=uniform --nothing\n```\n')
+  text = (
+    '# A page\n[a](nothing.md) [b](../README.md) [c](#a-page) [d](#no-page) '
+    '`learners/nothing.py` `learners/main.py`\n'
+    '```sh\n./scripts/nothing.sh nets/lenet_at_cifar10_run.py --learner=uniform --nothing\n```\n'
+  )
   assert broken_links(ROOT / 'docs' / 'page.md', text) == ['nothing.md', '#no-page']
   assert missing_paths(text) == ['learners/nothing.py', 'scripts/nothing.sh']
   assert unknown_flags(text) == {'nothing'}
@@ -139,11 +162,20 @@ def test_every_key_of_report_and_plan_is_documented(tmp_path):
   x, y = images(), labels()
   model, stack = pocketsize.compress(conv_net(), [{'algorithm': 'uniform'}], calibration=[x])
   file = pocketsize.export(model, tmp_path, ['tflite_int8'])[0]
-  entry = pocketsize.verify(file, [(x, y)], np.asarray(model(x)), Classification(), latency_rounds=1)
+  entry = pocketsize.verify(
+    file, [(x, y)], np.asarray(model(x)), Classification(), latency_rounds=1
+  )
   metrics = {'accuracy': 1.0, 'loss': 0.0}
   result = report.build(
-    model, names={'model': 'm', 'dataset': 'd', 'learner': 'uniform'}, float_metrics=metrics, metrics=metrics,
-    bytes_=(1, 1), files=[entry], seconds={}, command='')
+    model,
+    names={'model': 'm', 'dataset': 'd', 'learner': 'uniform'},
+    float_metrics=metrics,
+    metrics=metrics,
+    bytes_=(1, 1),
+    files=[entry],
+    seconds={},
+    command='',
+  )
   assert file.format in conversion.FORMATS
   documented = set(re.findall(r'`([\w.\[\]]+)`', text_of('docs/report.md')))
   assert {*keys(result), *keys(report.plan(model, stack))} - documented == set()
@@ -165,8 +197,17 @@ def test_the_programs_of_extending_run(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
   folder = tmp_path / 'runs' / 'mlp_at_tumours' / 'n-of-m'
   result = json.loads((folder / 'report.json').read_text())
-  assert {layer['name']: layer['sparsity'] for layer in result['layers']} == {'hidden0': 0.0, 'hidden1': 0.5, 'logits': 0.5}
+  assert {layer['name']: layer['sparsity'] for layer in result['layers']} == {
+    'hidden0': 0.0,
+    'hidden1': 0.5,
+    'logits': 0.5,
+  }
   assert result['compressed']['metrics']['accuracy'] > 0.9
-  assert json.loads((folder / 'plan.json').read_text())['skipped'] == {'hidden0': 'its inputs do not come in groups of 4'}
-  assert "left alone: {}" in done.stdout
-  assert sorted(path.name for path in (tmp_path / 'exports').iterdir()) == ['model_int8.tflite', 'model_qdq.onnx']
+  assert json.loads((folder / 'plan.json').read_text())['skipped'] == {
+    'hidden0': 'its inputs do not come in groups of 4'
+  }
+  assert 'left alone: {}' in done.stdout
+  assert sorted(path.name for path in (tmp_path / 'exports').iterdir()) == [
+    'model_int8.tflite',
+    'model_qdq.onnx',
+  ]

@@ -91,7 +91,9 @@ def test_several_inputs_keep_the_order_of_the_model():
 
 def test_dictionary_inputs_and_outputs():
   first, second = keras.Input((3,), name='first'), keras.Input((3,), name='second')
-  model = keras.Model({'z': first, 'a': second}, {'o': layers.Dense(2)(first) + layers.Dense(2)(second)})
+  model = keras.Model(
+    {'z': first, 'a': second}, {'o': layers.Dense(2)(first) + layers.Dense(2)(second)}
+  )
   x, y = np.eye(3, dtype='float32'), np.ones((3, 3), 'float32')
   flat = keras.tree.flatten({'z': x, 'a': y})
   assert_same_run(model, {'z': x, 'a': y}, flat)
@@ -100,7 +102,9 @@ def test_dictionary_inputs_and_outputs():
 def test_operators_and_keras_ops_are_nodes():
   inputs = keras.Input((4,), name='x')
   doubled = inputs + inputs
-  model = keras.Model(inputs, keras.ops.concatenate([keras.ops.relu(doubled), 2.0 * doubled], axis=-1))
+  model = keras.Model(
+    inputs, keras.ops.concatenate([keras.ops.relu(doubled), 2.0 * doubled], axis=-1)
+  )
   assert_same_run(model, np.float32([[-1, 0, 1, 2]]))
   kinds = [type(node.operation).__name__ for node in Graph(model).nodes]
   assert kinds == ['InputLayer', 'Add', 'Relu', 'Multiply', 'Concatenate']
@@ -109,7 +113,9 @@ def test_operators_and_keras_ops_are_nodes():
 def test_an_attention_layer_gets_its_keyword_arguments():
   keras.utils.set_random_seed(0)
   inputs = keras.Input((5, 4))
-  model = keras.Model(inputs, layers.MultiHeadAttention(2, 3)(inputs, value=inputs, use_causal_mask=True))
+  model = keras.Model(
+    inputs, layers.MultiHeadAttention(2, 3)(inputs, value=inputs, use_causal_mask=True)
+  )
   assert_same_run(model, np.random.default_rng(0).normal(size=(2, 5, 4)).astype('float32'))
 
 
@@ -138,7 +144,9 @@ def test_a_subclassed_model_is_refused_with_advice():
     def call(self, x):
       return x
 
-  with pytest.raises(UserError, match=r"'mine' is a subclass of keras\.Model.*functional API.*Received: Own"):
+  with pytest.raises(
+    UserError, match=r"'mine' is a subclass of keras\.Model.*functional API.*Received: Own"
+  ):
     Graph(Own(name='mine'))
 
 

@@ -44,7 +44,9 @@ def masked(model, seed=5, kept=0.5):
   """Returns `model` with a random mask on every kernel."""
   graph = Graph(model)
   placements = [
-    Placement(path, point, Mask()) for path, layer in weighted_layers(graph).items() for point in weight_points(layer)
+    Placement(path, point, Mask())
+    for path, layer in weighted_layers(graph).items()
+    for point in weight_points(layer)
   ]
   instrumented = instrument(model, placements)
   rng = np.random.default_rng(seed)
@@ -56,7 +58,9 @@ def masked(model, seed=5, kept=0.5):
 @pytest.mark.parametrize('name', MODELS)
 def test_an_empty_overlay_computes_the_same_in_inference(name):
   model = MODELS[name]()
-  np.testing.assert_allclose(instrument(model)(images(), training=False), model(images(), training=False), atol=1e-5)
+  np.testing.assert_allclose(
+    instrument(model)(images(), training=False), model(images(), training=False), atol=1e-5
+  )
 
 
 @pytest.mark.parametrize('name', MODELS)
@@ -79,7 +83,9 @@ def test_fused_batch_norm_equals_the_stock_layer(scale, center):
     inputs = keras.Input((2, 1, 3))
     return keras.Model(
       inputs,
-      layers.BatchNormalization(momentum=0.7, epsilon=0.01, scale=scale, center=center, name='bn')(inputs),
+      layers.BatchNormalization(momentum=0.7, epsilon=0.01, scale=scale, center=center, name='bn')(
+        inputs
+      ),
     )
 
   stock, source = net(), net()
@@ -93,7 +99,9 @@ def test_fused_batch_norm_equals_the_stock_layer(scale, center):
         tape.watch(x)
         y = model(x, training=True)
         loss = tf.reduce_sum((y - target) ** 3)
-      gradients.append((y, *tape.gradient(loss, [x, *[v.value for v in model.trainable_variables]])))
+      gradients.append(
+        (y, *tape.gradient(loss, [x, *[v.value for v in model.trainable_variables]]))
+      )
     for expected, got in zip(*gradients, strict=True):
       np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
   for expected, got in zip(stock.weights, source.weights, strict=True):
@@ -117,7 +125,9 @@ def test_a_frozen_batch_norm_uses_and_keeps_its_moving_statistics():
   model.get_layer('bn0').trainable = False
   overlay = instrument(model)
   before = np.array(model.get_layer('bn0').moving_mean)
-  np.testing.assert_allclose(overlay(images(), training=True), model(images(), training=True), atol=1e-5)
+  np.testing.assert_allclose(
+    overlay(images(), training=True), model(images(), training=True), atol=1e-5
+  )
   np.testing.assert_array_equal(model.get_layer('bn0').moving_mean, before)
 
 
@@ -127,7 +137,9 @@ def test_a_base_called_with_training_false_keeps_its_batch_norm_as_it_is():
   inputs = keras.Input((8, 8, 3))
   overlay = instrument(keras.Model(inputs, base(inputs, training=False)))
   before = np.array(base.get_layer('bn0').moving_mean)
-  np.testing.assert_allclose(overlay(images(), training=True), base(images(), training=False), atol=1e-5)
+  np.testing.assert_allclose(
+    overlay(images(), training=True), base(images(), training=False), atol=1e-5
+  )
   np.testing.assert_array_equal(base.get_layer('bn0').moving_mean, before)
 
 
@@ -154,7 +166,9 @@ LAYERS = [
 ]
 
 
-@pytest.mark.parametrize(('template', 'shape'), LAYERS, ids=[type(layer).__name__ for layer, _ in LAYERS])
+@pytest.mark.parametrize(
+  ('template', 'shape'), LAYERS, ids=[type(layer).__name__ for layer, _ in LAYERS]
+)
 def test_a_mask_on_each_layer_type_acts_like_zeros_in_its_weights(template, shape):
   """The oracle is the stock layer with the masked weights written into it; also after strip."""
   keras.utils.set_random_seed(0)
@@ -202,9 +216,16 @@ def test_transforms_run_in_their_order_whatever_the_order_of_placements():
   inputs = keras.Input((1,))
   model = keras.Model(inputs, layers.Dense(1, use_bias=False, name='dense')(inputs))
   model.set_weights([np.float32([[3]])])
-  overlay = instrument(model, [Placement('dense', 'kernel', Plus(1.0)), Placement('dense', 'kernel', Scaled(2.0))])
+  overlay = instrument(
+    model, [Placement('dense', 'kernel', Plus(1.0)), Placement('dense', 'kernel', Scaled(2.0))]
+  )
   assert overlay.baked('dense').tolist() == [[7.0]]
-  assert overlay.transformed('dense', 'kernel', before=overlay.transforms_at('dense', 'kernel')[1]).numpy() == 6.0
+  assert (
+    overlay.transformed(
+      'dense', 'kernel', before=overlay.transforms_at('dense', 'kernel')[1]
+    ).numpy()
+    == 6.0
+  )
 
 
 def test_input_and_output_transforms_by_hand():
@@ -212,7 +233,9 @@ def test_input_and_output_transforms_by_hand():
   inputs = keras.Input((1,), name='x')
   model = keras.Model(inputs, layers.Dense(1, use_bias=False, name='dense')(inputs))
   model.set_weights([np.float32([[3]])])
-  overlay = instrument(model, [Placement('dense', 'input', Scaled(2.0)), Placement('dense', 'output', Plus(1.0))])
+  overlay = instrument(
+    model, [Placement('dense', 'input', Scaled(2.0)), Placement('dense', 'output', Plus(1.0))]
+  )
   assert overlay(np.float32([[5]])).numpy().item() == 31.0
   overlay = instrument(model, [Placement('x', 'output', Plus(1.0))])
   assert overlay(np.float32([[5]])).numpy().item() == 18.0
@@ -222,12 +245,14 @@ def test_activate_replaces_activation_transforms_and_leaves_weight_transforms():
   inputs = keras.Input((1,), name='x')
   model = keras.Model(inputs, layers.Dense(1, use_bias=False, name='dense')(inputs))
   model.set_weights([np.float32([[3]])])
-  overlay = instrument(model, [Placement('dense', 'kernel', Scaled(2.0)), Placement('dense', 'output', Plus(1.0))])
+  overlay = instrument(
+    model, [Placement('dense', 'kernel', Scaled(2.0)), Placement('dense', 'output', Plus(1.0))]
+  )
   assert overlay.run(np.float32([[5]]), activate=lambda transform, x: x).numpy().item() == 30.0
 
 
 def test_a_mask_travels_through_an_activation_transform():
-  """Without the padding [1, 0, 0] has the mean of its one word; Keras must not warn of a lost mask."""
+  """Without the padding [1, 0, 0] has the mean of its one word; no warning of a lost mask."""
   keras.utils.set_random_seed(0)
   inputs = keras.Input((3,), dtype='int32')
   x = layers.Embedding(4, 2, mask_zero=True, name='words')(inputs)
@@ -244,7 +269,9 @@ def test_an_activity_regularizer_is_in_the_loss_with_a_transform_on_the_kernel()
   inputs = keras.Input((1,))
   model = keras.Model(
     inputs,
-    layers.Dense(1, use_bias=False, activity_regularizer=keras.regularizers.L2(0.5), name='dense')(inputs),
+    layers.Dense(1, use_bias=False, activity_regularizer=keras.regularizers.L2(0.5), name='dense')(
+      inputs
+    ),
   )
   model.set_weights([np.float32([[3]])])
   x = np.float32([[1], [2]])
@@ -259,7 +286,9 @@ def test_a_weight_regularizer_is_in_the_loss():
   inputs = keras.Input((1,))
   model = keras.Model(
     inputs,
-    layers.Dense(1, use_bias=False, kernel_regularizer=keras.regularizers.L2(0.5), name='dense')(inputs),
+    layers.Dense(1, use_bias=False, kernel_regularizer=keras.regularizers.L2(0.5), name='dense')(
+      inputs
+    ),
   )
   model.set_weights([np.float32([[3]])])
   overlay = instrument(model, [Placement('dense', 'kernel', Mask())])
@@ -362,14 +391,9 @@ def test_strip_keeps_frozen_flags():
   assert {weight.path for weight in stripped.trainable_variables} == {'head/kernel', 'head/bias'}
 
 
-LOADER = """
-import sys
-import numpy as np
-sys.path = [path for path in sys.path if path]
-import keras
-model = keras.models.load_model(sys.argv[1])
-assert not any(name.split('.')[0] == 'pocketsize' for name in sys.modules)
-try:
+LOADER = """ import sys import numpy as np sys.path = [path for path in sys.path if path] import
+keras model = keras.models.load_model(sys.argv[1]) assert not any(name.split('.')[0] == 'pocketsize'
+for name in sys.modules) try:
   import pocketsize
 except ImportError:
   np.save(sys.argv[3], model.predict(np.load(sys.argv[2]), verbose=0))
@@ -397,7 +421,9 @@ def test_a_stripped_file_loads_where_pocketsize_is_not_installed(tmp_path):
 
 
 def test_a_place_that_does_not_exist_is_refused():
-  with pytest.raises(UserError, match=r"no layer 'conv7' to place .*The layers are: .*conv0, conv1"):
+  with pytest.raises(
+    UserError, match=r"no layer 'conv7' to place .*The layers are: .*conv0, conv1"
+  ):
     instrument(conv_net(), [Placement('conv7', 'kernel', Mask())])
   with pytest.raises(UserError, match=r"Layer 'relu0' has no weight 'kernel'"):
     instrument(conv_net(), [Placement('relu0', 'kernel', Mask())])
@@ -411,7 +437,9 @@ def test_one_transform_at_two_places_is_refused():
 
 def test_dictionary_models_keep_their_structure():
   first, second = keras.Input((3,), name='first'), keras.Input((3,), name='second')
-  model = keras.Model({'z': first, 'a': second}, {'o': layers.Dense(2, name='dense')(first) + second[:, :2]})
+  model = keras.Model(
+    {'z': first, 'a': second}, {'o': layers.Dense(2, name='dense')(first) + second[:, :2]}
+  )
   x = {'z': np.eye(3, dtype='float32'), 'a': np.ones((3, 3), 'float32')}
   for made in (instrument(model), strip(instrument(model))):
     np.testing.assert_allclose(made(x)['o'], model(x)['o'], atol=1e-6)

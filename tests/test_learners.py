@@ -13,6 +13,7 @@ import pytest
 
 from learners import main, training
 from learners.checkpoint import Checkpoints
+from learners.workfolder import WorkFolder
 from nets.convnet_at_digits import ModelHelper
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -285,10 +286,10 @@ def test_a_work_folder_of_another_configuration_is_refused_and_kept(tmp_path, ca
 
 
 def test_two_runs_in_one_work_folder_are_refused(tmp_path, capfd):
-  learner = main.make_learner(ModelHelper, ['x', f'--work_dir={tmp_path}', *SMALL])
-  assert run(tmp_path) == 2
+  with WorkFolder(tmp_path, {}):
+    assert run(tmp_path) == 2
   assert f'in use by another run (process {os.getpid()})' in capfd.readouterr().err
-  del learner
+  assert run(tmp_path, '--learner=full-prec') == 0
 
 
 def test_a_full_disk_is_one_sentence(tmp_path, capfd, monkeypatch):

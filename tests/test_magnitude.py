@@ -77,7 +77,9 @@ def test_without_a_duration_one_mask_is_made_at_begin():
   assert config.ratio_at(3) == 0.5
 
 
-@pytest.mark.parametrize('bad', [{'ratio': 1.0}, {'ratio': -0.1}, {'update_every': 0}, {'exponent': 0}])
+@pytest.mark.parametrize(
+  'bad', [{'ratio': 1.0}, {'ratio': -0.1}, {'update_every': 0}, {'exponent': 0}]
+)
 def test_nonsense_is_refused(bad):
   with pytest.raises(UserError, match=f'`{next(iter(bad))}`.*Received: '):
     MagnitudeConfig(**bad)

@@ -108,14 +108,19 @@ def test_what_only_moves_values_gets_no_quantizer(mover):
 
 
 def test_average_pooling_computes_and_gets_one():
-  assert 'pool' in placed(model_of(lambda x: layers.AveragePooling2D(2, name='pool')(conv(x, 'conv'))))
+  assert 'pool' in placed(
+    model_of(lambda x: layers.AveragePooling2D(2, name='pool')(conv(x, 'conv')))
+  )
 
 
 def test_a_padding_between_conv_and_conv_does_not_hide_the_reader():
   def body(x):
     return conv(layers.ZeroPadding2D(name='pad')(conv(x, 'conv1')), 'conv2')
 
-  readers = {tensor.path: (tensor.readers, tensor.reaches_output) for tensor in quantized_tensors(Graph(model_of(body)))}
+  readers = {
+    tensor.path: (tensor.readers, tensor.reaches_output)
+    for tensor in quantized_tensors(Graph(model_of(body)))
+  }
   assert readers == {'in': (('conv1',), False), 'conv1': (('conv2',), False), 'conv2': ((), True)}
 
 
@@ -125,7 +130,9 @@ def test_readers_are_found_through_additions_on_all_branches():
     z = layers.Add(name='add')([conv(y, 'conv2'), y])
     return conv(z, 'conv3')
 
-  readers = {tensor.path: set(tensor.readers) for tensor in quantized_tensors(Graph(model_of(body)))}
+  readers = {
+    tensor.path: set(tensor.readers) for tensor in quantized_tensors(Graph(model_of(body)))
+  }
   assert readers == {
     'in': {'conv1'},
     'conv1': {'conv2', 'conv3'},
@@ -188,7 +195,9 @@ def test_other_activations_are_kernels_of_their_own(relu):
   }
 
 
-@pytest.mark.parametrize('end', [layers.Softmax(name='end'), layers.Activation('softmax', name='end')])
+@pytest.mark.parametrize(
+  'end', [layers.Softmax(name='end'), layers.Activation('softmax', name='end')]
+)
 def test_a_softmax_at_the_end_stays_float(end):
   end = type(end).from_config(end.get_config())
   assert placed(model_of(lambda x: end(conv(x, 'conv')))) == {'in': False, 'conv': False}

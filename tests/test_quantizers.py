@@ -60,7 +60,9 @@ def groups_of(kernel, granularity, bucket_size):
     return [numbers.ravel()]
   if granularity == 'channel':
     return [numbers[..., channel].ravel() for channel in range(kernel.shape[-1])]
-  return [numbers.ravel()[start : start + bucket_size] for start in range(0, kernel.size, bucket_size)]
+  return [
+    numbers.ravel()[start : start + bucket_size] for start in range(0, kernel.size, bucket_size)
+  ]
 
 
 @pytest.mark.parametrize('granularity', ['tensor', 'channel', 'bucket'])
@@ -113,7 +115,9 @@ def test_eight_bits_by_hand():
 @pytest.mark.parametrize('granularity', ['tensor', 'channel', 'bucket'])
 def test_a_kernel_of_zeros_stays_zero(bits, granularity):
   kernel = np.zeros((2, 3, 4), 'float32')
-  np.testing.assert_array_equal(fitted(kernel, bits=bits, granularity=granularity, bucket_size=5)(kernel), kernel)
+  np.testing.assert_array_equal(
+    fitted(kernel, bits=bits, granularity=granularity, bucket_size=5)(kernel), kernel
+  )
 
 
 @pytest.mark.parametrize('bits', [2, 4, 8])
@@ -127,7 +131,9 @@ def test_a_dead_channel_beside_live_ones_stays_zero(bits):
 @pytest.mark.parametrize('bits', range(2, 17))
 def test_negative_only_weights_mirror_positive_ones(bits):
   kernel = np.abs(kernel_of()) + 0.1
-  np.testing.assert_array_equal(fitted(-kernel, bits=bits)(-kernel), -fitted(kernel, bits=bits)(kernel).numpy())
+  np.testing.assert_array_equal(
+    fitted(-kernel, bits=bits)(-kernel), -fitted(kernel, bits=bits)(kernel).numpy()
+  )
 
 
 @pytest.mark.parametrize('granularity', ['tensor', 'channel'])
@@ -142,7 +148,11 @@ def test_the_baked_kernel_is_idempotent_and_its_codes_are_integers_of_their_bits
   assert codes.dtype == np.int32 and grid.bits == bits
   np.testing.assert_array_equal((codes * grid.scale).astype('float32'), baked)
   assert np.abs(codes).max() <= highest_code(bits)
-  assert set(np.unique(codes)) == {-1, 1} if bits == 1 else np.abs(codes).max() >= highest_code(bits) // 2
+  assert (
+    set(np.unique(codes)) == {-1, 1}
+    if bits == 1
+    else np.abs(codes).max() >= highest_code(bits) // 2
+  )
 
 
 def test_buckets_have_no_grid():
@@ -164,12 +174,16 @@ def test_channel_axes_may_be_any(axes):
   kernel = kernel_of((3, 2, 4, 5))
   quantizer = fitted(kernel, bits=8, channel_axes=axes)
   others = tuple(axis for axis in range(4) if axis not in {a % 4 for a in axes})
-  np.testing.assert_allclose(quantizer.scale, np.abs(kernel).max(axis=others, keepdims=True) / 127, rtol=1e-6)
+  np.testing.assert_allclose(
+    quantizer.scale, np.abs(kernel).max(axis=others, keepdims=True) / 127, rtol=1e-6
+  )
 
 
 def test_a_single_output_channel_is_a_group():
   kernel = kernel_of((3, 4, 1))
-  assert fitted(kernel, bits=8).scale.numpy().item() == pytest.approx(np.abs(kernel).max() / 127, rel=1e-6)
+  assert fitted(kernel, bits=8).scale.numpy().item() == pytest.approx(
+    np.abs(kernel).max() / 127, rel=1e-6
+  )
 
 
 @pytest.mark.parametrize('granularity', ['tensor', 'channel', 'bucket'])
@@ -192,7 +206,9 @@ def test_replace_gives_the_value_to_the_last_bit():
   np.testing.assert_array_equal(tape.gradient(loss, x), [2.0, 3.0])
 
 
-RANGES = st.tuples(st.floats(-1e3, 0, width=32), st.floats(0, 1e3, width=32)).filter(lambda r: r[1] - r[0] > 1e-3)
+RANGES = st.tuples(st.floats(-1e3, 0, width=32), st.floats(0, 1e3, width=32)).filter(
+  lambda r: r[1] - r[0] > 1e-3
+)
 
 
 @settings(max_examples=150, deadline=None)
@@ -313,6 +329,8 @@ def test_a_nonnegative_quantizer_keeps_its_low_end_at_zero():
   ],
 )
 def test_a_config_makes_an_equal_quantizer(kind, arguments):
-  copy = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(kind(**arguments)))
+  copy = keras.saving.deserialize_keras_object(
+    keras.saving.serialize_keras_object(kind(**arguments))
+  )
   assert type(copy) is kind
   assert {name: getattr(copy, name) for name in arguments} == arguments

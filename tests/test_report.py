@@ -59,7 +59,11 @@ def test_the_layers_by_hand():
     'channels_after': 4,
     'skipped_because': None,
   }
-  assert entries['bn0']['params'] == 16 and entries['bn0']['macs'] == 0 and entries['bn0']['weight_bits'] == 32
+  assert (
+    entries['bn0']['params'] == 16
+    and entries['bn0']['macs'] == 0
+    and entries['bn0']['weight_bits'] == 32
+  )
   assert (entries['conv1']['weight_bits'], entries['conv1']['activation_bits']) == (4, 6)
   assert (
     entries['head']['weight_bits'],
@@ -70,13 +74,17 @@ def test_the_layers_by_hand():
 
 def test_the_mean_weight_bits_count_each_weight_once():
   """(108 * 8 + 144 * 4 + 16 * 8) / 268."""
-  assert report.mean_weight_bits(pruned_and_quantized()[0]) == pytest.approx((108 * 8 + 144 * 4 + 16 * 8) / 268)
+  assert report.mean_weight_bits(pruned_and_quantized()[0]) == pytest.approx(
+    (108 * 8 + 144 * 4 + 16 * 8) / 268
+  )
 
 
 def test_a_float_model_has_32_bits_everywhere():
   model = pocketsize.instrument(conv_net())
   assert report.mean_weight_bits(model) == 32
-  assert {(entry['weight_bits'], entry['activation_bits']) for entry in report.layers(model, {})} == {(32, 32)}
+  assert {
+    (entry['weight_bits'], entry['activation_bits']) for entry in report.layers(model, {})
+  } == {(32, 32)}
 
 
 def test_activation_bits_are_found_behind_a_pool_that_only_moves():
@@ -112,7 +120,9 @@ def test_the_whole_report_is_json_and_counts_what_is_left():
 def test_the_plan_is_json_and_names_every_placement():
   model, stack = pruned_and_quantized()
   plan = json.loads(json.dumps(report.plan(model, stack)))
-  assert [(place['path'], place['point'], place['transform']) for place in plan['placements']][:3] == [
+  assert [(place['path'], place['point'], place['transform']) for place in plan['placements']][
+    :3
+  ] == [
     ('conv0', 'kernel', 'Mask'),
     ('head', 'kernel', 'Mask'),
     ('conv0', 'kernel', 'WeightQuantizer'),
@@ -136,7 +146,9 @@ def test_what_one_compressor_takes_is_not_reported_as_left_alone():
 
 
 def test_the_table_has_a_row_for_each_file_and_says_what_was_left_alone():
-  model, stack = pocketsize.compress(conv_net(), [{'algorithm': 'magnitude', 'op_names': ['conv1']}])
+  model, stack = pocketsize.compress(
+    conv_net(), [{'algorithm': 'magnitude', 'op_names': ['conv1']}]
+  )
   file = {
     'format': 'tflite',
     'metrics': {'accuracy': 0.625},
@@ -155,4 +167,6 @@ def test_the_table_has_a_row_for_each_file_and_says_what_was_left_alone():
   assert any('Keras, float' in line and '0.7500' in line and '4,000' in line for line in lines)
   assert any('Keras, compressed' in line and '0.5000' in line for line in lines)
   assert 'tflite: weights of 4 bits as int8' in text.getvalue()
-  assert 'Left alone: conv0 (no rule names it), head (no rule names it)' in text.getvalue().replace('\n', ' ')
+  assert 'Left alone: conv0 (no rule names it), head (no rule names it)' in text.getvalue().replace(
+    '\n', ' '
+  )

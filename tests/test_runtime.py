@@ -23,14 +23,18 @@ WORKERS = ROOT / 'tests' / 'workers'
 pytestmark = pytest.mark.xdist_group('horovod')
 needs_horovod = pytest.mark.skipif(
   importlib.util.find_spec('horovod') is None,
-  reason='Horovod is not installed: scripts/install_horovod.sh')
+  reason='Horovod is not installed: scripts/install_horovod.sh',
+)
 
 
 def start(script, *arguments):
   return subprocess.Popen(
     [ROOT / 'scripts' / 'run_local.sh', WORKERS / script, '-n=2', *map(str, arguments)],
-    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    env=os.environ | {'POCKETSIZE_VENV': sys.prefix})
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    env=os.environ | {'POCKETSIZE_VENV': sys.prefix},
+  )
 
 
 def finish(process, seconds=90):
@@ -88,7 +92,7 @@ def test_gradients_and_state_are_the_means_over_two_workers(two_workers):
   for rank, found in enumerate(two_workers):
     np.testing.assert_array_equal(found['linear_weight'], [-2.0, -8.0])
     assert found['linear_moving'] == 5.0
-    assert found['linear_counter'] == rank   # an integer has no mean
+    assert found['linear_counter'] == rank  # an integer has no mean
     assert found['linear_class'] == 'SGD'
 
 
@@ -98,7 +102,7 @@ def test_objects_sums_and_variables_agree(two_workers):
     np.testing.assert_array_equal(found['object'], [4, 8])
     np.testing.assert_array_equal(found['sum'], [[1.0, 5.0]])
     np.testing.assert_array_equal(found['any'], [True, False])
-    np.testing.assert_array_equal(found['bias'], np.ones(5))   # rank 0's
+    np.testing.assert_array_equal(found['bias'], np.ones(5))  # rank 0's
 
 
 @needs_horovod
@@ -114,6 +118,7 @@ def test_weights_and_optimizer_are_equal_to_the_bit_after_five_steps(two_workers
 def test_two_workers_train_as_one_loop_that_averages_by_hand(two_workers):
   """Oracle: both ranks' forward passes and gradients in this process, averaged with NumPy."""
   import tensorflow as tf
+
   model = averaging.build()
   model.layers[0].bias.assign(np.ones(5))
   optimizer = keras.optimizers.SGD(0.1, momentum=0.9, name='sgd')
@@ -132,11 +137,17 @@ def test_two_workers_train_as_one_loop_that_averages_by_hand(two_workers):
       states.append([np.array(v.value) for v in model.non_trainable_variables])
     for i, variable in enumerate(model.non_trainable_variables):
       variable.assign((states[0][i] + states[1][i]) / 2)
-    optimizer.apply([(a + b) / 2 for a, b in zip(*gradients, strict=True)],
-                    model.trainable_variables)
+    optimizer.apply(
+      [(a + b) / 2 for a, b in zip(*gradients, strict=True)], model.trainable_variables
+    )
   for i, variable in enumerate(model.variables):
-    np.testing.assert_allclose(two_workers[0][f'variable_{i:02d}'], np.array(variable.value),
-                               rtol=1e-4, atol=1e-6, err_msg=variable.path)
+    np.testing.assert_allclose(
+      two_workers[0][f'variable_{i:02d}'],
+      np.array(variable.value),
+      rtol=1e-4,
+      atol=1e-6,
+      err_msg=variable.path,
+    )
 
 
 @needs_horovod

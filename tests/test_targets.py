@@ -75,12 +75,16 @@ def test_both_type_and_name_must_match():
 
 
 def test_an_unknown_name_is_refused_with_the_nearest_one():
-  with pytest.raises(UserError, match=r"'conv_1', which matches no layer with weights.*Did you mean 'conv1'\?"):
+  with pytest.raises(
+    UserError, match=r"'conv_1', which matches no layer with weights.*Did you mean 'conv1'\?"
+  ):
     resolve(Graph(conv_net()), [Rule('x', op_names=('conv_1',))])
 
 
 def test_an_unknown_type_is_refused_with_the_legal_ones():
-  with pytest.raises(UserError, match=r"`op_types` must be among Conv1D.*EinsumDense\. Received: 'LSTM'"):
+  with pytest.raises(
+    UserError, match=r"`op_types` must be among Conv1D.*EinsumDense\. Received: 'LSTM'"
+  ):
     resolve(Graph(conv_net()), [Rule('x', op_types=('LSTM',))])
 
 

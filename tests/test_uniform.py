@@ -91,7 +91,9 @@ def test_weights_of_32_bits_are_left_float():
 
 
 def test_the_input_of_an_excluded_layer_is_left_float_and_so_is_its_output_at_the_end():
-  _, activations = bits(chain(3), Rule(UniformConfig(4, 4)), Rule(None, op_names=('d2',), exclude=True))
+  _, activations = bits(
+    chain(3), Rule(UniformConfig(4, 4)), Rule(None, op_names=('d2',), exclude=True)
+  )
   assert activations == {'in': 8, 'd0': 4}
 
 
@@ -121,7 +123,10 @@ def test_nothing_to_quantize_is_no_mistake():
 def test_a_separable_conv_has_two_quantizers():
   inputs = keras.Input((8, 8, 3))
   model = keras.Model(inputs, layers.SeparableConv2D(5, 3, name='sep')(inputs))
-  places = {place.point: place.transform for place in Uniform([Rule(UniformConfig(4, 32))]).plan(Graph(model))}
+  places = {
+    place.point: place.transform
+    for place in Uniform([Rule(UniformConfig(4, 32))]).plan(Graph(model))
+  }
   assert list(places) == ['depthwise_kernel', 'pointwise_kernel']
   built = pocketsize.instrument(model, Uniform([Rule(UniformConfig(4, 32))]).plan(Graph(model)))
   assert [tuple(transform.scale.shape) for transform in built.transforms] == [
@@ -131,14 +136,20 @@ def test_a_separable_conv_has_two_quantizers():
 
 
 def test_the_configuration_reaches_the_quantizers():
-  placements = Uniform([Rule(UniformConfig(5, 6, 'bucket', bucket_size=9, momentum=0.5))]).plan(Graph(chain(3)))
-  weight = next(place.transform for place in placements if place.path == 'd1' and place.point == 'kernel')
+  placements = Uniform([Rule(UniformConfig(5, 6, 'bucket', bucket_size=9, momentum=0.5))]).plan(
+    Graph(chain(3))
+  )
+  weight = next(
+    place.transform for place in placements if place.path == 'd1' and place.point == 'kernel'
+  )
   assert (weight.bits, weight.granularity, weight.bucket_size) == (5, 'bucket', 9)
   assert {place.transform.momentum for place in placements if place.point == 'output'} == {0.5}
 
 
 def test_scales_are_fitted_every_so_many_steps_only():
-  model, stack = pocketsize.compress(conv_net(), [{'algorithm': 'uniform', 'activation_bits': 32, 'scale_every': 3}])
+  model, stack = pocketsize.compress(
+    conv_net(), [{'algorithm': 'uniform', 'activation_bits': 32, 'scale_every': 3}]
+  )
   kernel, quantizer = model.graph.layers['conv1'].kernel, model.transforms_at('conv1', 'kernel')[0]
   before = np.array(quantizer.scale)
   kernel.assign(2 * kernel)
@@ -153,13 +164,23 @@ def test_calibration_takes_the_mean_of_the_batches_extremes():
   batches = [images(seed=1), 3 * images(seed=2)]
   model, _ = pocketsize.compress(conv_net(), [{'algorithm': 'uniform'}], calibration=batches)
   quantizer = model.transforms_at('images', 'output')[0]
-  assert float(quantizer.low) == pytest.approx(np.mean([batch.min() for batch in batches]), rel=1e-6)
-  assert float(quantizer.high) == pytest.approx(np.mean([batch.max() for batch in batches]), rel=1e-6)
-  assert all(transform.has_range for transform in model.transforms if isinstance(transform, ActivationQuantizer))
+  assert float(quantizer.low) == pytest.approx(
+    np.mean([batch.min() for batch in batches]), rel=1e-6
+  )
+  assert float(quantizer.high) == pytest.approx(
+    np.mean([batch.max() for batch in batches]), rel=1e-6
+  )
+  assert all(
+    transform.has_range
+    for transform in model.transforms
+    if isinstance(transform, ActivationQuantizer)
+  )
 
 
 def test_calibration_without_a_batch_is_refused():
-  with pytest.raises(UserError, match=r'`calibration` must give at least one batch\. Received none'):
+  with pytest.raises(
+    UserError, match=r'`calibration` must give at least one batch\. Received none'
+  ):
     pocketsize.compress(conv_net(), [{'algorithm': 'uniform'}], calibration=[])
 
 

@@ -1,8 +1,9 @@
 """How many operations of a file compute in 8 bits and how many in float.
 
-TFLite is read from the file. ONNX and OpenVINO files are read as their runtime rewrites them, since a
-file full of QuantizeLinear says little about what is executed. Counted is what computes: conversions
-between number formats and what only moves values (reshape, pad, transpose, slice) are not.
+TFLite is read from the file. ONNX and OpenVINO files are read as their runtime rewrites them, since
+a file full of QuantizeLinear says little about what is executed. Counted is what computes:
+conversions between number formats and what only moves values (reshape, pad, transpose, slice) are
+not.
 """
 
 import pathlib

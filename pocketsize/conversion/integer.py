@@ -20,7 +20,7 @@ def is_average(layer):
 
 
 def averages_whole_windows(layer):
-  """Returns whether all windows of an average pooling lie in the image: it is a convolution then."""
+  """Returns whether all windows of an average pooling lie in the image, as a convolution."""
   return layer.padding == 'valid' and layer.strides[0] == layer.strides[1]
 
 

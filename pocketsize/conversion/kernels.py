@@ -7,7 +7,6 @@ takes the batch norm's factor; the codes stay what training made of them, up to 
 import itertools
 from typing import NamedTuple
 
-import keras
 import numpy as np
 
 from pocketsize import targets
@@ -39,19 +38,6 @@ class Kernel(NamedTuple):
   bits: int
   bias: np.ndarray | None
   note: str
-
-
-def batch_norm_factors(layer):
-  """Returns (factor, offset), [channels] float64: a BatchNormalization is x * factor + offset."""
-  mean, variance = (
-    keras.ops.convert_to_numpy(value).astype(np.float64)
-    for value in (layer.moving_mean, layer.moving_variance)
-  )
-  factor = 1.0 / np.sqrt(variance + layer.epsilon)
-  if layer.scale:
-    factor = factor * keras.ops.convert_to_numpy(layer.gamma)
-  offset = -mean * factor
-  return factor, offset + keras.ops.convert_to_numpy(layer.beta) if layer.center else offset
 
 
 def make_kernel(path, layer, point, deployed, transforms, factor=None, bias=None, input_step=None):
@@ -105,7 +91,7 @@ def _with_room(codes, scale, bias, input_step):
 
 
 def scaling_kernel(path, factor, offset, input_step):
-  """Returns the [1, 1, channels, 1] depthwise `Kernel` that computes x * factor + offset exactly."""
+  """Returns the depthwise `Kernel`, [1, 1, channels, 1], that is exactly x * factor + offset."""
   codes, scale = 127.0 * np.sign(factor), np.where(factor == 0.0, 1.0, np.abs(factor) / 127.0)
   if input_step:
     codes, scale = _with_room(codes, scale, offset, input_step)
@@ -181,7 +167,7 @@ def layout(original, stored):
 
 
 def channel_axis(scale):
-  """Returns the only axis along which `scale`, as laid out in a file, differs; None if there is none."""
+  """Returns the only axis along which `scale`, as laid out in a file, differs, or None."""
   axes = [axis for axis in range(scale.ndim) if np.any(scale != scale.take([0], axis))]
   if len(axes) > 1:
     raise ValueError(f'Argument `scale` must differ along one axis. Received: axes {axes}.')

@@ -8,7 +8,7 @@ import keras
 import tensorflow as tf
 
 from pocketsize import targets
-from pocketsize.conversion import integer, kernels
+from pocketsize.conversion import folding, integer, kernels
 from pocketsize.errors import UserError
 from pocketsize.graph import Graph, functional
 from pocketsize.instrument import Instrumented
@@ -47,7 +47,7 @@ class Lowered:
     self._paths_by_note = {}
     self._ranges = self._read_ranges()
     self.has_activations = any(low_high for low_high in self._ranges.values())
-    self._batch_norms = self._foldable()
+    self._batch_norms = folding.foldable(self._graph, self._separates)
     self._folded = set(self._batch_norms.values())
     self._weights = {
       node: self._fixed_weights(node)
@@ -112,29 +112,11 @@ class Lowered:
       ranges[place.transform] = place.transform.range()
     return ranges
 
-  def _foldable(self):
-    """Returns {node of a linear weighted layer: node of the only batch norm that reads it}."""
-    nodes = {}
-    for node in self._graph.nodes:
-      if type(node.operation) is not keras.layers.BatchNormalization or len(node.inputs) != 1:
-        continue
-      before = self._graph.producer(node.inputs[0])
-      layer = before.operation
-      quantized_between = self._quantized and (
-        self._transforms(before.path, 'output') or self._transforms(node.path, 'input')
-      )
-      if (
-        targets.weight_points(layer)
-        and not isinstance(layer, keras.layers.EinsumDense)
-        and layer.activation in (None, keras.activations.linear)
-        and getattr(layer, 'data_format', 'channels_last') == 'channels_last'
-        and node.operation.axis in (-1, len(self._graph.shape(node.inputs[0])) - 1)
-        and self._graph.consumers(before.outputs[0]) == [node]
-        and before.outputs[0] not in self._graph.outputs
-        and not quantized_between
-      ):
-        nodes[before] = node
-    return nodes
+  def _separates(self, before, after):
+    """Returns whether an activation quantizer lies between two nodes."""
+    return self._quantized and bool(
+      self._transforms(before.path, 'output') or self._transforms(after.path, 'input')
+    )
 
   def _fixed_weights(self, node):
     """Returns ([(variable, array)], bias to add or None) of a layer, batch norm folded in."""
@@ -142,7 +124,7 @@ class Lowered:
     bias = None if layer.bias is None else keras.ops.convert_to_numpy(layer.bias)
     factor = None
     if node in self._batch_norms:
-      factor, offset = kernels.batch_norm_factors(self._batch_norms[node].operation)
+      factor, offset = folding.batch_norm_factors(self._batch_norms[node].operation)
       bias = ((0.0 if bias is None else bias) * factor + offset).astype('float32')
     mapping = [] if layer.bias is None else [(layer.bias, bias)]
     points = targets.weight_points(layer)
@@ -191,7 +173,7 @@ class Lowered:
     for node in self._graph.nodes:
       layer, shape = node.operation, self._graph.shape(node.inputs[0]) if node.inputs else ()
       if integer.is_image_batch_norm(layer, len(shape)) and node not in self._folded:
-        factor, offset = kernels.batch_norm_factors(layer)
+        factor, offset = folding.batch_norm_factors(layer)
         kernel = kernels.scaling_kernel(node.path, factor, offset, self._input_step(node))
       elif integer.is_average(layer) and self._range_at(node):
         size = layer.pool_size if integer.averages_whole_windows(layer) else (1, 1)

@@ -158,8 +158,8 @@ class OnnxGraph:
     """Makes biases int32 multiples of (input step * weight step), as integer kernels want them.
 
     A layer with quantized input but float weights gets an int32 bias of a very fine step instead: a
-    float bias would let ONNX Runtime quantize the weights by itself, to one int8 scale for the whole
-    kernel (its pass WeightBiasQuantization).
+    float bias would let ONNX Runtime quantize the weights by itself, to one int8 scale for the
+    whole kernel (its pass WeightBiasQuantization).
     """
     constants, producers = self._constants(), self._producers()
     for node in list(self._graph.node):

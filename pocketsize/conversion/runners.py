@@ -94,7 +94,8 @@ def session_options(threads):
   options = require('onnxruntime', 'to run ONNX files').SessionOptions()
   options.intra_op_num_threads = options.inter_op_num_threads = threads
   options.log_severity_level = 3
-  # Level 1 is float32; the default quantizes the inputs of dense layers whose weights alone are int8.
+  # Level 1 is float32; the default quantizes the inputs of dense layers whose weights alone are
+  # int8.
   options.add_session_config_entry('session.qdq_matmulnbits_accuracy_level', '1')
   return options
 
@@ -140,8 +141,8 @@ def compile_openvino(path, threads, shapes):
       'INFERENCE_NUM_THREADS': threads,
       'PERFORMANCE_HINT': 'LATENCY',
       'NUM_STREAMS': 1,
-      # The default is bfloat16 where the processor has it, and dense layers with quantized inputs where only
-      # the weights are integers.
+      # The default is bfloat16 where the processor has it, and dense layers with quantized inputs
+      # where only the weights are int8.
       'INFERENCE_PRECISION_HINT': 'f32',
       'DYNAMIC_QUANTIZATION_GROUP_SIZE': 0,
     },

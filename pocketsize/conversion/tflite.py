@@ -1,8 +1,8 @@
 """TFLite files: TensorFlow's converter, then the learned kernels put in as integers.
 
 The converter makes int8 from the fake quantizers on activations; no representative data is used.
-Kernels reach it as stand-ins (see `kernels.stand_in`), because it refuses per-channel fake quantizers
-on some of them and rounds others to a grid of its own.
+Kernels reach it as stand-ins (see `kernels.stand_in`), because it refuses per-channel fake
+quantizers on some of them and rounds others to a grid of its own.
 """
 
 import logging

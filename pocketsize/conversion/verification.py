@@ -112,8 +112,8 @@ def _run(path, batches, reference, evaluator):
     samples += len(y)
   if samples != len(reference):
     raise UserError(
-      f'Argument `reference` must hold the outputs for the same samples. Received: '
-      f'outputs, {samples} samples.'
+      'Argument `reference` must hold the outputs for the same samples. Received: '
+      f'{len(reference)} outputs, {samples} samples.'
     )
   return evaluator.result(), difference
 

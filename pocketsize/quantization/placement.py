@@ -1,7 +1,7 @@
 """Where activations are quantized: at the tensors that an integer kernel writes.
 
-A convolution or dense layer with its batch norm and ReLU is one kernel, so is an addition with its ReLU;
-each writes one tensor. What only moves values writes its input's scale and gets no quantizer.
+A convolution or dense layer with its batch norm and ReLU is one kernel, so is an addition with its
+ReLU; each writes one tensor. What only moves values writes its input's scale and gets no quantizer.
 """
 
 import dataclasses
@@ -11,12 +11,40 @@ import keras
 from pocketsize import targets
 
 # They move or select values, and zero is the only new one: output scale = input scale.
-MOVING = frozenset({
-  'MaxPooling1D', 'MaxPooling2D', 'MaxPooling3D', 'GlobalMaxPooling1D', 'GlobalMaxPooling2D', 'GlobalMaxPooling3D',
-  'ZeroPadding1D', 'ZeroPadding2D', 'ZeroPadding3D', 'Cropping1D', 'Cropping2D', 'Cropping3D', 'Reshape', 'Flatten',
-  'Permute', 'RepeatVector', 'Identity', 'Dropout', 'SpatialDropout1D', 'SpatialDropout2D', 'SpatialDropout3D',
-  'GaussianDropout', 'GaussianNoise', 'AlphaDropout', 'Pad', 'GetItem', 'Transpose', 'Squeeze', 'ExpandDims',
-  'ActivityRegularization'})
+MOVING = frozenset(
+  {
+    'MaxPooling1D',
+    'MaxPooling2D',
+    'MaxPooling3D',
+    'GlobalMaxPooling1D',
+    'GlobalMaxPooling2D',
+    'GlobalMaxPooling3D',
+    'ZeroPadding1D',
+    'ZeroPadding2D',
+    'ZeroPadding3D',
+    'Cropping1D',
+    'Cropping2D',
+    'Cropping3D',
+    'Reshape',
+    'Flatten',
+    'Permute',
+    'RepeatVector',
+    'Identity',
+    'Dropout',
+    'SpatialDropout1D',
+    'SpatialDropout2D',
+    'SpatialDropout3D',
+    'GaussianDropout',
+    'GaussianNoise',
+    'AlphaDropout',
+    'Pad',
+    'GetItem',
+    'Transpose',
+    'Squeeze',
+    'ExpandDims',
+    'ActivityRegularization',
+  }
+)
 # Kept in float by every runtime that we export to when they end a model, and by most elsewhere.
 FLOAT_ENDS = frozenset({'Softmax', 'LogSoftmax'})
 _FLOAT_ACTIVATIONS = ('softmax', 'log_softmax')
@@ -44,12 +72,13 @@ def kind(node):
   name = type(node.operation).__name__
   if name == 'Activation':
     return {'relu': 'ReLU', 'linear': 'Identity', 'softmax': 'Softmax', 'relu6': 'Relu6'}.get(
-      getattr(node.operation.activation, '__name__', ''), name)
+      getattr(node.operation.activation, '__name__', ''), name
+    )
   return name
 
 
 def is_relu(node):
-  """Returns whether a node is a ReLU that a runtime fuses into the kernel before it, and never negative."""
+  """Returns whether a node is a ReLU that runtimes fuse into the kernel before it."""
   if type(node.operation) is keras.layers.ReLU:
     return node.operation.negative_slope == 0 and node.operation.threshold == 0
   return kind(node) in ('ReLU', 'Relu', 'Relu6')
@@ -69,15 +98,18 @@ def _ends_in_relu(node):
 
 
 def kernel_nodes(graph, node):
-  """Returns the nodes that one kernel computes, from `node` on: batch norm and ReLU go with what is before them."""
+  """Returns the nodes that one kernel computes, from `node` on: with batch norm and ReLU."""
   nodes = [node]
   while not node.is_input and node.outputs[0] not in graph.outputs:
     consumers = graph.consumers(node.outputs[0])
     if len(consumers) != 1:
       break
     follower = consumers[0]
-    folds = (isinstance(follower.operation, keras.layers.BatchNormalization) and has_weights(node)
-             and _activation(node) == 'linear')
+    folds = (
+      isinstance(follower.operation, keras.layers.BatchNormalization)
+      and has_weights(node)
+      and _activation(node) == 'linear'
+    )
     if not (folds or (is_relu(follower) and not is_relu(node) and not _ends_in_relu(node))):
       break
     nodes.append(follower)
@@ -116,6 +148,7 @@ def quantized_tensors(graph):
     if _activation(last) in _FLOAT_ACTIVATIONS:
       continue
     readers, reaches = _readers(graph, last.outputs[0])
-    tensors.setdefault(last.path, QuantizedTensor(
-      last.path, is_relu(last) or _ends_in_relu(last), readers, reaches))
+    tensors.setdefault(
+      last.path, QuantizedTensor(last.path, is_relu(last) or _ends_in_relu(last), readers, reaches)
+    )
   return list(tensors.values())

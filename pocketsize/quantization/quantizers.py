@@ -12,21 +12,22 @@ from pocketsize import ste
 from pocketsize.transform import Grid, Transform
 
 BITS = range(1, 17)
-# Up to this many bits a kernel's range is searched for the least squared error: with few levels, cutting
-# the tails costs less than a coarse step. Above it the range is the largest magnitude.
+# Up to this many bits a kernel's range is searched for the least squared error: with few levels,
+# cutting the tails costs less than a coarse step. Above it the range is the largest magnitude.
 SEARCH_BITS = 4
 _SEARCH_SHARES = np.linspace(0.3, 1.0, 29)
 
 
 def highest_code(bits):
-  """Returns the largest code of a symmetric, narrow-range quantizer: 127 for 8 bits; 1 for 1 and 2 bits."""
+  """Returns the largest code of a symmetric quantizer: 127 for 8 bits; 1 for 2 and for 1."""
   return max(2 ** (bits - 1) - 1, 1)
 
 
 def quantize_symmetric(x, scale, bits):
   """Returns x on the grid: round(clip(x / scale, -h, h)) * scale with h = 2^(bits-1) - 1.
 
-  One bit is the sign: +scale for x >= 0, -scale below (Rastegari et al. 2016). A scale of 0 gives 0.
+  One bit is the sign: +scale for x >= 0, -scale below (Rastegari et al. 2016). A scale of 0 gives
+  0.
 
   Args:
     x: float tensor or array.
@@ -42,8 +43,8 @@ def quantize_symmetric(x, scale, bits):
 def weight_scale(groups, bits):
   """Returns the scale of each group of weights.
 
-  One bit: the mean magnitude, which minimizes the squared error (Rastegari et al. 2016, equation 6).
-  Up to 4 bits: the range, 0.3 to 1.0 of the largest magnitude, with the least squared error.
+  One bit: the mean magnitude, which minimizes the squared error (Rastegari et al. 2016, equation
+    6). Up to 4 bits: the range, 0.3 to 1.0 of the largest magnitude, with the least squared error.
   More: the largest magnitude over the highest code.
 
   Args:
@@ -64,20 +65,23 @@ def weight_scale(groups, bits):
   for share in _SEARCH_SHARES:
     scale = full * share
     divisor = np.where(scale > 0, scale, 1.0)[:, None]
-    error = ((np.minimum(np.round(magnitude / divisor), high) * scale[:, None] - magnitude) ** 2).sum(axis=1)
+    error = (
+      (np.minimum(np.round(magnitude / divisor), high) * scale[:, None] - magnitude) ** 2
+    ).sum(axis=1)
     better = error < least
     best, least = np.where(better, scale, best), np.minimum(error, least)
   return best.astype(np.float32)
 
 
 def nudged_range(low, high, bits):
-  """Returns (low, high) moved so that real zero is an integer code, as TensorFlow's fake quantizer does.
+  """Returns (low, high) moved so that real zero is an integer code, as TensorFlow's fake quantizer
+  does.
 
   Args:
     low, high: floats, low <= 0 <= high, low < high.
     bits: 1 to 16.
   """
-  levels = 2 ** bits - 1
+  levels = 2**bits - 1
   low, high = np.float32(low), np.float32(high)
   if bits == 1:
     return (0.0, float(high)) if high >= -low else (float(low), 0.0)
@@ -87,7 +91,7 @@ def nudged_range(low, high, bits):
 
 
 def quantize_affine(x, low, high, bits):
-  """Returns x on the 2^bits levels between nudged low and high; gradient 1 inside the range, 0 outside."""
+  """Returns x on 2^bits levels between nudged low and high; gradient 1 inside, 0 outside."""
   if bits > 1:
     return tf.quantization.fake_quant_with_min_max_vars(x, low, high, num_bits=bits)
   step = tf.where(high >= -low, high, low)
@@ -99,8 +103,8 @@ def quantize_affine(x, low, high, bits):
 class WeightQuantizer(Transform):
   """Symmetric quantizer of a kernel; straight-through gradient.
 
-  The scale is a weight, set from the kernel by `fit` (see `weight_scale`): between two fits the grid
-  stands still and a training step pays for one rounding only.
+  The scale is a weight, set from the kernel by `fit` (see `weight_scale`): between two fits the
+  grid stands still and a training step pays for one rounding only.
 
   Args:
     bits: 1 to 16.
@@ -122,7 +126,11 @@ class WeightQuantizer(Transform):
     if self.granularity == 'bucket':
       scales = (-(-int(np.prod(shape)) // self.bucket_size), 1)
     else:
-      kept = {axis % len(shape) for axis in self.channel_axes} if self.granularity == 'channel' else set()
+      kept = (
+        {axis % len(shape) for axis in self.channel_axes}
+        if self.granularity == 'channel'
+        else set()
+      )
       scales = tuple(size if axis in kept else 1 for axis, size in enumerate(shape))
     self.scale = self.add_weight(name='scale', shape=scales, initializer='zeros', trainable=False)
     self.built = True
@@ -138,7 +146,9 @@ class WeightQuantizer(Transform):
         scales = np.append(scales, weight_scale(flat[None, whole:], self.bits))
     else:
       kept = [axis for axis, size in enumerate(self.scale.shape) if size > 1]
-      groups = np.moveaxis(kernel, kept, range(len(kept))).reshape(int(np.prod(self.scale.shape)), -1)
+      groups = np.moveaxis(kernel, kept, range(len(kept))).reshape(
+        int(np.prod(self.scale.shape)), -1
+      )
       scales = weight_scale(groups, self.bits)
     self.scale.assign(scales.reshape(self.scale.shape))
 
@@ -157,8 +167,13 @@ class WeightQuantizer(Transform):
     return Grid(keras.ops.convert_to_numpy(self.scale), self.bits)
 
   def get_config(self):
-    return {**super().get_config(), 'bits': self.bits, 'granularity': self.granularity,
-            'channel_axes': self.channel_axes, 'bucket_size': self.bucket_size}
+    return {
+      **super().get_config(),
+      'bits': self.bits,
+      'granularity': self.granularity,
+      'channel_axes': self.channel_axes,
+      'bucket_size': self.bucket_size,
+    }
 
 
 @keras.saving.register_keras_serializable(package='pocketsize')
@@ -213,5 +228,9 @@ class ActivationQuantizer(Transform):
     return quantize_affine(x, low, high, self.bits)
 
   def get_config(self):
-    return {**super().get_config(), 'bits': self.bits, 'momentum': self.momentum,
-            'nonnegative': self.nonnegative}
+    return {
+      **super().get_config(),
+      'bits': self.bits,
+      'momentum': self.momentum,
+      'nonnegative': self.nonnegative,
+    }

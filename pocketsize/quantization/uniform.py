@@ -1,8 +1,8 @@
 """Quantization-aware training with uniform levels (Jacob et al. 2018, arXiv:1712.05877).
 
-Weights symmetric and narrow, activations affine over running ranges; where, says `placement`. Batch norm
-stays as it is while training: folding it into a kernel later multiplies each output channel's scale and
-leaves the integer codes as they are.
+Weights symmetric and narrow, activations affine over running ranges; where, says `placement`. Batch
+norm stays as it is while training: folding it into a kernel later multiplies each output channel's
+scale and leaves the integer codes as they are.
 """
 
 import dataclasses
@@ -46,15 +46,24 @@ class UniformConfig:
     for name in ('weight_bits', 'activation_bits'):
       bits = getattr(self, name)
       if bits not in BITS and bits != FLOAT_BITS:
-        raise UserError(f'`{name}` must be from {BITS[0]} to {BITS[-1]}, or {FLOAT_BITS} for float. Received: {bits}.')
+        raise UserError(
+          f'`{name}` must be from {BITS[0]} to {BITS[-1]}, or {FLOAT_BITS} for float. '
+          f'Received: {bits}.'
+        )
     if self.end_bits not in (0, *BITS, FLOAT_BITS):
-      raise UserError(f'`end_bits` must be 0 (treat them like the others), from {BITS[0]} to {BITS[-1]}, or '
-                      f'{FLOAT_BITS} for float. Received: {self.end_bits}.')
+      raise UserError(
+        f'`end_bits` must be 0 (treat them like the others), from {BITS[0]} to {BITS[-1]}, or '
+        f'{FLOAT_BITS} for float. Received: {self.end_bits}.'
+      )
     if self.granularity not in GRANULARITIES:
-      raise UserError(f'`granularity` must be one of {", ".join(GRANULARITIES)}. Received: {self.granularity!r}.')
+      raise UserError(
+        f'`granularity` must be one of {", ".join(GRANULARITIES)}. Received: {self.granularity!r}.'
+      )
     if self.bucket_size < 1 or self.scale_every < 1 or not 0.0 <= self.momentum < 1.0:
-      raise UserError('`bucket_size` and `scale_every` must be at least 1, `momentum` in [0, 1). '
-                      f'Received: {self.bucket_size}, {self.scale_every}, {self.momentum}.')
+      raise UserError(
+        '`bucket_size` and `scale_every` must be at least 1, `momentum` in [0, 1). '
+        f'Received: {self.bucket_size}, {self.scale_every}, {self.momentum}.'
+      )
 
   @classmethod
   def neutral(cls):
@@ -72,10 +81,20 @@ class Uniform(Compressor):
     configs, self.skipped = targets.resolve(graph, self.rules)
     self.configs = _with_ends(configs, list(targets.weighted_layers(graph)))
     weights = [
-      Placement(path, point, WeightQuantizer(
-        config.weight_bits, config.granularity, targets.channel_axes(graph.layers[path], point), config.bucket_size))
-      for path, config in self.configs.items() if config.weight_bits != FLOAT_BITS
-      for point in targets.weight_points(graph.layers[path])]
+      Placement(
+        path,
+        point,
+        WeightQuantizer(
+          config.weight_bits,
+          config.granularity,
+          targets.channel_axes(graph.layers[path], point),
+          config.bucket_size,
+        ),
+      )
+      for path, config in self.configs.items()
+      if config.weight_bits != FLOAT_BITS
+      for point in targets.weight_points(graph.layers[path])
+    ]
     return weights + self._activations(graph)
 
   def _activations(self, graph):
@@ -88,12 +107,17 @@ class Uniform(Compressor):
         bits.append(max(END_BITS, writer.activation_bits))
       if bits:
         momentum = (readers or [writer])[0].momentum
-        placements.append(Placement(tensor.path, 'output', ActivationQuantizer(
-          max(bits), momentum, nonnegative=tensor.nonnegative)))
+        placements.append(
+          Placement(
+            tensor.path,
+            'output',
+            ActivationQuantizer(max(bits), momentum, nonnegative=tensor.nonnegative),
+          )
+        )
     return placements
 
   def _writer(self, graph, path):
-    """Returns the configuration of the nearest weighted layer that `path` computes from, or None."""
+    """Returns the configuration of the nearest weighted layer before `path`, or None."""
     node = next(node for node in graph.nodes if node.path == path)
     while node.path not in self.configs:
       if node.path in self.skipped or not node.inputs:
@@ -103,8 +127,11 @@ class Uniform(Compressor):
 
   def bind(self, model):
     self._model = model
-    self._kernels = [placement for placement in model.placements
-                     if isinstance(placement.transform, WeightQuantizer)]
+    self._kernels = [
+      placement
+      for placement in model.placements
+      if isinstance(placement.transform, WeightQuantizer)
+    ]
 
   def update(self, step):
     for path, point, transform in self._kernels:
@@ -113,9 +140,14 @@ class Uniform(Compressor):
 
 
 def _with_ends(configs, paths):
-  """Returns {path: config} with the bits of the first and the last of the model's `paths` raised to `end_bits`."""
+  """Returns {path: config}, the first and last of the model's `paths` at `end_bits` or more."""
   ends = {path: configs[path] for path in (*paths[:1], *paths[-1:]) if path in configs}
-  raised = {path: dataclasses.replace(
-    config, weight_bits=max(config.weight_bits, config.end_bits),
-    activation_bits=max(config.activation_bits, config.end_bits)) for path, config in ends.items()}
+  raised = {
+    path: dataclasses.replace(
+      config,
+      weight_bits=max(config.weight_bits, config.end_bits),
+      activation_bits=max(config.activation_bits, config.end_bits),
+    )
+    for path, config in ends.items()
+  }
   return {**configs, **raised}

@@ -1,9 +1,9 @@
 """Gradual magnitude pruning of single weights (Zhu & Gupta 2017, arXiv:1710.01878).
 
-Deviation 1: a mask acts in the forward pass, so pruned weights get no gradient of the task, keep their
-value but for weight decay, and come back when the threshold or their neighbours leave them above it.
-Deviation 2: the optimizer's slots are not reset when a mask changes; momentum of a pruned weight decays
-by itself.
+Deviation 1: a mask acts in the forward pass, so pruned weights get no gradient of the task, keep
+  their value but for weight decay, and come back when the threshold or their neighbours leave them
+  above it. Deviation 2: the optimizer's slots are not reset when a mask changes; momentum of a
+  pruned weight decays by itself.
 """
 
 import dataclasses
@@ -28,15 +28,16 @@ def magnitude_mask(kernel, ratio):
   """
   magnitude = np.abs(np.asarray(kernel)).ravel()
   mask = np.ones(magnitude.size, np.float32)
-  mask[np.argsort(magnitude, kind='stable')[:round(ratio * magnitude.size)]] = 0.0
+  mask[np.argsort(magnitude, kind='stable')[: round(ratio * magnitude.size)]] = 0.0
   return mask.reshape(np.shape(kernel))
 
 
 def heuristic_ratios(sizes, ratio):
-  """Returns a ratio for each layer that grows with the logarithm of its size (PocketFlow's `heurist`).
+  """Returns a ratio for each layer that grows with the logarithm of its size (PocketFlow's
+  `heurist`).
 
-  r_i = a ln(n_i) with a = r sum(n) / sum(n ln n), so that the overall ratio is `ratio`. A ratio that would
-  exceed 0.99 is held there and the others make up for it, as far as they can.
+  r_i = a ln(n_i) with a = r sum(n) / sum(n ln n), so that the overall ratio is `ratio`. A ratio
+  that would exceed 0.99 is held there and the others make up for it, as far as they can.
 
   Args:
     sizes: [layers] numbers of weights, each at least 2.
@@ -91,10 +92,14 @@ class MagnitudeConfig:
 
   def __post_init__(self):
     if not 0.0 <= self.ratio < 1.0:
-      raise UserError(f'`ratio` is the share of weights to drop and must be in [0, 1). Received: {self.ratio}.')
+      raise UserError(
+        f'`ratio` is the share of weights to drop and must be in [0, 1). Received: {self.ratio}.'
+      )
     if self.update_every < 1 or self.exponent <= 0:
-      raise UserError('`update_every` must be at least 1 and `exponent` positive. '
-                      f'Received: {self.update_every}, {self.exponent}.')
+      raise UserError(
+        '`update_every` must be at least 1 and `exponent` positive. '
+        f'Received: {self.update_every}, {self.exponent}.'
+      )
 
   @classmethod
   def neutral(cls):
@@ -103,12 +108,16 @@ class MagnitudeConfig:
 
   def ratio_at(self, step):
     """Returns the ratio that masks made at `step` have."""
-    return schedules.polynomial(step, self.begin_step, self.end_step, 0.0, self.ratio, self.exponent)
+    return schedules.polynomial(
+      step, self.begin_step, self.end_step, 0.0, self.ratio, self.exponent
+    )
 
   def is_due(self, step):
     """Returns whether new masks are made before optimizer step `step`."""
     end = max(self.begin_step, self.end_step)
-    return self.begin_step <= step <= end and ((step - self.begin_step) % self.update_every == 0 or step == end)
+    return self.begin_step <= step <= end and (
+      (step - self.begin_step) % self.update_every == 0 or step == end
+    )
 
 
 @register('magnitude')
@@ -120,13 +129,22 @@ class Magnitude(Compressor):
   def plan(self, graph):
     configs, self.skipped = targets.resolve(graph, self.rules)
     self._configs = configs
-    return [Placement(path, point, Mask()) for path in configs
-            for point in targets.weight_points(graph.layers[path])]
+    return [
+      Placement(path, point, Mask())
+      for path in configs
+      for point in targets.weight_points(graph.layers[path])
+    ]
 
   def bind(self, model):
-    self._masks = [(self._configs[placement.path], getattr(model.graph.layers[placement.path], placement.point),
-                    placement.transform)
-                   for placement in model.placements if isinstance(placement.transform, Mask)]
+    self._masks = [
+      (
+        self._configs[placement.path],
+        getattr(model.graph.layers[placement.path], placement.point),
+        placement.transform,
+      )
+      for placement in model.placements
+      if isinstance(placement.transform, Mask)
+    ]
 
   def update(self, step):
     for config, kernel, transform in self._masks:

@@ -11,19 +11,21 @@ from learners import runtime as runtime_lib
 
 def build():
   keras.utils.set_random_seed(7)
-  return keras.Sequential([
-    keras.Input((6,)),
-    keras.layers.Dense(5, name='hidden'),
-    keras.layers.BatchNormalization(name='norm'),
-    keras.layers.ReLU(),
-    keras.layers.Dense(3, name='logits'),
-  ], name='net')
+  return keras.Sequential(
+    [
+      keras.Input((6,)),
+      keras.layers.Dense(5, name='hidden'),
+      keras.layers.BatchNormalization(name='norm'),
+      keras.layers.ReLU(),
+      keras.layers.Dense(3, name='logits'),
+    ],
+    name='net',
+  )
 
 
 def samples(rank, steps=5, batch=8):
   rng = np.random.default_rng(rank)
-  return (rng.normal(size=(steps * batch, 6)).astype('float32'),
-          rng.integers(0, 3, steps * batch))
+  return (rng.normal(size=(steps * batch, 6)).astype('float32'), rng.integers(0, 3, steps * batch))
 
 
 def linear_step(runtime):
@@ -34,8 +36,12 @@ def linear_step(runtime):
   counter = keras.Variable(runtime.rank, dtype='int32', trainable=False)
   optimizer = runtime.distribute(keras.optimizers.SGD(1.0), [moving, counter])
   optimizer.apply([np.float32([1.0, 4.0]) * (1 + 2 * runtime.rank), None], [weight, unused])
-  return {'weight': weight.numpy(), 'moving': moving.numpy(), 'counter': counter.numpy(),
-          'class': type(optimizer).__name__}
+  return {
+    'weight': weight.numpy(),
+    'moving': moving.numpy(),
+    'counter': counter.numpy(),
+    'class': type(optimizer).__name__,
+  }
 
 
 def main(folder):
@@ -52,8 +58,9 @@ def main(folder):
   found['bias'] = model.layers[0].bias.numpy()
   optimizer = keras.optimizers.SGD(0.1, momentum=0.9, name='sgd')
   optimizer = runtime.distribute(optimizer, model.non_trainable_variables)
-  model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-                jit_compile=False)
+  model.compile(
+    optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True), jit_compile=False
+  )
   x, y = samples(runtime.rank)
   model.fit(x, y, batch_size=8, epochs=1, shuffle=False, verbose=0)
   for i, variable in enumerate(model.variables):

@@ -1,4 +1,4 @@
-"""Writes docs/flags.md from the configurations' dataclasses: python -m tools.docs.flags [--check]."""
+"""Writes docs/flags.md from the dataclasses: python -m tools.docs.flags [--check]."""
 
 import dataclasses
 import importlib
@@ -27,18 +27,18 @@ _INTRODUCTION = """\
 
 Written by `python -m tools.docs.flags`; change the dataclass, not this page.
 
-Flags are given as `--name=value`, booleans also as `--name` and `--noname`. `--flagfile=FILE` reads flags
-from a file, one a line. `--help` prints the flags of a net's script. The number of workers, `-n=N`, is an
-argument of the scripts (`scripts/run_local.sh --help`).
+Flags are given as `--name=value`, booleans also as `--name` and `--noname`. `--flagfile=FILE` reads
+flags from a file, one a line. `--help` prints the flags of a net's script. The number of workers,
+`-n=N`, is an argument of the scripts (`scripts/run_local.sh --help`).
 
-A value outside the legal ones, and a flag of a learner that is not the chosen one, end the run with exit
-code 2.
+A value outside the legal ones, and a flag of a learner that is not the chosen one, end the run with
+exit code 2.
 """
 _LIBRARY = """\
 # Keys of a config_list
 
-What an entry of `pocketsize.compress(model, config_list)` takes besides `algorithm`, `op_types`, `op_names`
-and `exclude` (see [extending.md](extending.md#in-a-training-script-of-your-own)).
+What an entry of `pocketsize.compress(model, config_list)` takes besides `algorithm`, `op_types`,
+`op_names` and `exclude` (see [extending.md](extending.md#in-a-training-script-of-your-own)).
 """
 
 _CHECK = flags.DEFINE_bool(

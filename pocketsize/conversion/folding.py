@@ -1,0 +1,52 @@
+"""Which batch norms fold into the layer before them, and what they multiply and add."""
+
+import keras
+import numpy as np
+
+from pocketsize import targets
+
+
+def batch_norm_factors(layer):
+  """Returns (factor, offset), [channels] float64: a BatchNormalization is x * factor + offset."""
+  mean, variance = (
+    keras.ops.convert_to_numpy(value).astype(np.float64)
+    for value in (layer.moving_mean, layer.moving_variance)
+  )
+  factor = 1.0 / np.sqrt(variance + layer.epsilon)
+  if layer.scale:
+    factor = factor * keras.ops.convert_to_numpy(layer.gamma)
+  offset = -mean * factor
+  return factor, offset + keras.ops.convert_to_numpy(layer.beta) if layer.center else offset
+
+
+def foldable(graph, separates):
+  """Returns {node of a linear conv or dense layer: node of the batch norm that is its only reader}.
+
+  Args:
+    graph: a `Graph`.
+    separates: separates(node, batch norm node) says whether something between them forbids it.
+  """
+  nodes = {}
+  for node in graph.nodes:
+    if type(node.operation) is not keras.layers.BatchNormalization or len(node.inputs) != 1:
+      continue
+    tensor = node.inputs[0]
+    before = graph.producer(tensor)
+    if (
+      _is_linear(before.operation)
+      and node.operation.axis in (-1, len(graph.shape(tensor)) - 1)
+      and graph.consumers(tensor) == [node]
+      and tensor not in graph.outputs
+      and not separates(before, node)
+    ):
+      nodes[before] = node
+  return nodes
+
+
+def _is_linear(layer):
+  return (
+    bool(targets.weight_points(layer))
+    and not isinstance(layer, keras.layers.EinsumDense)
+    and layer.activation in (None, keras.activations.linear)
+    and getattr(layer, 'data_format', 'channels_last') == 'channels_last'
+  )
