@@ -33,6 +33,10 @@ class WorkFolder:
 
   def __init__(self, path, config, read_only=False):
     self.path = pathlib.Path(path)
+    if read_only and not self.path.is_dir():
+      raise UserError(
+        f'--work_dir must be the folder of a finished run. Received: {path}, which does not exist.'
+      )
     try:
       if not read_only:
         self.path.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from pocketsize.errors import UserError
 from pocketsize.graph import Graph, functional
 from pocketsize.transform import Placement
 
-ACTIVATION_POINTS = ('input', 'output')
+ACTIVATION_POINTS = ('input', 'preactivation', 'output')
 
 
 @keras.saving.register_keras_serializable(package='pocketsize')
@@ -63,6 +63,8 @@ class Instrumented(keras.Model):
         )
       if point not in ACTIVATION_POINTS and not hasattr(self.graph.layers.get(path), point):
         raise UserError(f'Layer {path!r} has no weight {point!r} to transform.')
+      if point == 'preactivation' and not getattr(self.graph.layers.get(path), 'activation', None):
+        raise UserError(f'Layer {path!r} has no activation of its own to put a transform before.')
 
   def _build_transforms(self):
     node_by_path = {node.path: node for node in self.graph.nodes}
@@ -112,12 +114,23 @@ class Instrumented(keras.Model):
     training = training and not node.inference_only
     for transform in self.transforms_at(node.path, 'input'):
       args = (activate(transform, args[0]), *args[1:])
+    outputs = with_preactivation(
+      node.operation,
+      self.transforms_at(node.path, 'preactivation'),
+      activate,
+      lambda: self._compute_node(node, args, kwargs, training),
+    )
+    for transform in self.transforms_at(node.path, 'output'):
+      outputs = activate(transform, outputs)
+    return outputs
+
+  def _compute_node(self, node, args, kwargs, training):
     weights = dict.fromkeys(
       point for path, point in self._places if path == node.path and point not in ACTIVATION_POINTS
     )
     if node.is_input:
-      outputs = args[0]
-    elif weights:
+      return args[0]
+    if weights:
       mapping = [
         (getattr(node.operation, point), self.transformed(node.path, point, training))
         for point in weights
@@ -126,13 +139,10 @@ class Instrumented(keras.Model):
         outputs = node.operation(*args, **kwargs)
       if scope.losses:  # of an activity regularizer
         node.operation.add_loss(scope.losses)
-    elif fused_bn.applicable(node.operation, args, kwargs):
-      outputs = fused_bn.batch_norm(node.operation, args[0], training)
-    else:
-      outputs = node.operation(*args, **kwargs)
-    for transform in self.transforms_at(node.path, 'output'):
-      outputs = activate(transform, outputs)
-    return outputs
+      return outputs
+    if fused_bn.applicable(node.operation, args, kwargs):
+      return fused_bn.batch_norm(node.operation, args[0], training)
+    return node.operation(*args, **kwargs)
 
   def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
     loss = super().compute_loss(x, y, y_pred, sample_weight, training)
@@ -158,6 +168,23 @@ class Instrumented(keras.Model):
     return cls(
       load(config['source'], custom_objects=custom_objects), placements, name=config['name']
     )
+
+
+def with_preactivation(layer, transforms, activate, compute):
+  """Returns compute(), a call of `layer`, with transforms of what its own activation reads.
+
+  They run after the call, so that what they remember is not kept in the call's stateless scope.
+  """
+  if not transforms:
+    return compute()
+  activation, layer.activation = layer.activation, None
+  try:
+    outputs = compute()
+  finally:
+    layer.activation = activation
+  for transform in transforms:
+    outputs = activate(transform, outputs)
+  return activation(outputs)
 
 
 def instrument(model, placements=()):

@@ -52,8 +52,8 @@ class Placement(NamedTuple):
 
   Attributes:
     path: path of the layer or operator, as in `Graph`.
-    point: 'output', 'input' (the first argument), or the attribute of a weight: 'kernel',
-      'depthwise_kernel', 'pointwise_kernel'.
+    point: 'output', 'input' (the first argument), 'preactivation' (what the layer's own activation
+      reads), or the attribute of a weight: 'kernel', 'depthwise_kernel', 'pointwise_kernel'.
     transform: the `Transform`.
   """
 

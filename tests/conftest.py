@@ -5,6 +5,9 @@ import pathlib
 
 import pytest
 
+# Before anything imports TensorFlow: its log lines would stand among the messages that tests read.
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+
 
 @pytest.fixture(scope='session')
 def shared():

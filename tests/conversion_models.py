@@ -80,8 +80,16 @@ def nested():
   return keras.Model(inputs, head(base(inputs)))
 
 
+def own_activations():
+  inputs = _image()
+  x = layers.Conv2D(6, 3, activation='silu')(inputs)
+  x = layers.Conv2D(6, 3, activation=layers.LeakyReLU(0.1))(x)
+  return keras.Model(inputs, layers.Dense(5, activation='softmax')(layers.Flatten()(x)))
+
+
 BUILDERS = {
-  build.__name__: build for build in (plain, depthwise, residual, concatenation, transposed, nested)
+  build.__name__: build
+  for build in (plain, depthwise, residual, concatenation, transposed, nested, own_activations)
 }
 
 
@@ -132,7 +140,9 @@ def quantized(model, bits=8, activation_bits=8, granularity='channel', masks=())
   if activation_bits:
     placements += [
       Placement(
-        tensor.path, 'output', ActivationQuantizer(activation_bits, nonnegative=tensor.nonnegative)
+        tensor.path,
+        tensor.point,
+        ActivationQuantizer(activation_bits, nonnegative=tensor.nonnegative),
       )
       for tensor in quantized_tensors(graph)
     ]
@@ -144,14 +154,11 @@ def quantized(model, bits=8, activation_bits=8, granularity='channel', masks=())
 def observe(model):
   """Fills the activation ranges from the samples, batch norms as in inference."""
 
-  def call(node, args, kwargs):
-    y = args[0] if node.is_input else node.operation(*args, **kwargs)
-    for transform in model.transforms_at(node.path, 'output'):
-      transform.observe(y)
-      y = transform(y)
-    return y
+  def activate(transform, x):
+    transform.observe(x)
+    return transform(x)
 
-  model.graph.run([samples()], call, training=False)
+  model.run(samples(), training=False, activate=activate)
 
 
 def output_step(model):

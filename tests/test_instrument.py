@@ -391,9 +391,14 @@ def test_strip_keeps_frozen_flags():
   assert {weight.path for weight in stripped.trainable_variables} == {'head/kernel', 'head/bias'}
 
 
-LOADER = """ import sys import numpy as np sys.path = [path for path in sys.path if path] import
-keras model = keras.models.load_model(sys.argv[1]) assert not any(name.split('.')[0] == 'pocketsize'
-for name in sys.modules) try:
+LOADER = """
+import sys
+import numpy as np
+sys.path = [path for path in sys.path if path]
+import keras
+model = keras.models.load_model(sys.argv[1])
+assert not any(name.split('.')[0] == 'pocketsize' for name in sys.modules)
+try:
   import pocketsize
 except ImportError:
   np.save(sys.argv[3], model.predict(np.load(sys.argv[2]), verbose=0))

@@ -41,3 +41,4 @@ def test_two_workers_end_with_equal_weights(tmp_path, learner):
       np.testing.assert_array_equal(one[name], other[name])
   config = json.loads((tmp_path / 'work' / 'config.json').read_text())
   assert config['enbl_multi_gpu'] is True
+  assert (tmp_path / 'work' / 'report.json').exists()

@@ -264,7 +264,7 @@ def test_evaluation_reproduces_the_report_and_writes_nothing(tmp_path, capfd):
     (['--batch_size=5000'], '5000'),
     (['--flagfile=missing.flags'], 'missing.flags'),
     (['surplus'], "Received: 'surplus'"),
-    (['--exec_mode=eval'], 'needs a finished run'),
+    (['--exec_mode=eval'], 'of a finished run'),
   ],
 )
 def test_a_mistake_of_the_user_is_one_sentence_and_exit_code_2(

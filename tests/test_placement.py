@@ -203,8 +203,24 @@ def test_a_softmax_at_the_end_stays_float(end):
   assert placed(model_of(lambda x: end(conv(x, 'conv')))) == {'in': False, 'conv': False}
 
 
-def test_a_softmax_inside_the_last_layer_stays_float():
-  assert placed(model_of(lambda x: conv(x, 'conv', activation='softmax'))) == {'in': False}
+def test_a_softmax_inside_the_last_layer_stays_float_and_what_it_reads_is_quantized():
+  model = model_of(lambda x: conv(x, 'conv', activation='softmax'))
+  places = [(tensor.path, tensor.point) for tensor in quantized_tensors(Graph(model))]
+  assert places == [('in', 'output'), ('conv', 'preactivation')]
+
+
+@pytest.mark.parametrize('activation', ['silu', layers.LeakyReLU(0.1)])
+def test_another_activation_inside_a_layer_reads_one_tensor_and_writes_one(activation):
+  def body(x):
+    return layers.ReLU(name='relu')(conv(x, 'conv', activation=activation))
+
+  places = [(tensor.path, tensor.point) for tensor in quantized_tensors(Graph(model_of(body)))]
+  assert places == [
+    ('in', 'output'),
+    ('conv', 'preactivation'),
+    ('conv', 'output'),
+    ('relu', 'output'),
+  ]
 
 
 def test_integer_inputs_are_not_quantized():

@@ -44,7 +44,9 @@ def conversion_error(name, error):
   text = str(error)
   # TensorFlow's converter has the operation's name among its details only.
   details = ' '.join([text, *map(str, getattr(error, 'errors', ()))])
-  layers = dict.fromkeys(match.strip('.') for match in re.findall(SCOPE + r'([\w.]+)', details))
+  layers = dict.fromkeys(
+    match.strip('.') for match in re.findall(rf'(?<!\w){SCOPE}([\w.]+)', details)
+  )
   where = (
     f' at layer {", ".join(repr(layer.replace(".", "/")) for layer in list(layers)[:3])}'
     if layers

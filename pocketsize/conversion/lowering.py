@@ -4,6 +4,8 @@ Batch norm is folded into the layer before it, activation quantizers become Tens
 quantizers, and everything else that training put in is baked into the kernels.
 """
 
+import functools
+
 import keras
 import tensorflow as tf
 
@@ -11,7 +13,7 @@ from pocketsize import targets
 from pocketsize.conversion import folding, integer, kernels
 from pocketsize.errors import UserError
 from pocketsize.graph import Graph, functional
-from pocketsize.instrument import Instrumented
+from pocketsize.instrument import Instrumented, with_preactivation
 from pocketsize.quantization.placement import MOVING
 
 # What leads from a converter's error back to the layer: the scope of its operations.
@@ -213,10 +215,12 @@ class Lowered:
       if node.is_input or node in self._folded:
         outputs = args[0]
       elif node in self._weights:
-        mapping, bias = self._weights[node]
-        mapping = [(variable, tf.constant(value)) for variable, value in mapping]
-        with keras.StatelessScope(state_mapping=mapping):
-          outputs = integer.call_weighted(node.operation, args, kwargs, bias)
+        outputs = with_preactivation(
+          node.operation,
+          self._transforms(node.path, 'preactivation'),
+          self._transformed,
+          functools.partial(self._call_weighted, node, args, kwargs),
+        )
       elif node in self._depthwise:
         outputs = self._call_depthwise(node, args, kwargs)
       else:
@@ -224,6 +228,12 @@ class Lowered:
       for transform in self._transforms(node.path, 'output'):
         outputs = self._transformed(transform, outputs)
     return outputs
+
+  def _call_weighted(self, node, args, kwargs):
+    mapping, bias = self._weights[node]
+    mapping = [(variable, tf.constant(value)) for variable, value in mapping]
+    with keras.StatelessScope(state_mapping=mapping):
+      return integer.call_weighted(node.operation, args, kwargs, bias)
 
   def _call_depthwise(self, node, args, kwargs):
     layer, low_high = node.operation, self._input_range(node)

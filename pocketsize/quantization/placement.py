@@ -1,7 +1,9 @@
 """Where activations are quantized: at the tensors that an integer kernel writes.
 
 A convolution or dense layer with its batch norm and ReLU is one kernel, so is an addition with its
-ReLU; each writes one tensor. What only moves values writes its input's scale and gets no quantizer.
+ReLU; each writes one tensor. A layer with another activation of its own, such as
+`Dense(activation='softmax')`, writes one before it. What only moves values writes its input's scale
+and gets no quantizer.
 """
 
 import dataclasses
@@ -45,7 +47,8 @@ MOVING = frozenset(
     'ActivityRegularization',
   }
 )
-# Kept in float by every runtime that we export to when they end a model, and by most elsewhere.
+# No format takes a learned range for them: LiteRT has the fixed step 1/256, the others compute in
+# float.
 FLOAT_ENDS = frozenset({'Softmax', 'LogSoftmax'})
 _FLOAT_ACTIVATIONS = ('softmax', 'log_softmax')
 
@@ -56,12 +59,14 @@ class QuantizedTensor:
 
   Attributes:
     path: path of the node that writes it.
+    point: 'output', or 'preactivation' for what the node's own activation reads.
     nonnegative: a ReLU writes it.
     readers: paths of the weighted layers that read it, perhaps through nodes without weights.
     reaches_output: whether it reaches an output of the model that way.
   """
 
   path: str
+  point: str
   nonnegative: bool
   readers: tuple
   reaches_output: bool
@@ -90,7 +95,8 @@ def has_weights(node):
 
 
 def _activation(node):
-  return getattr(getattr(node.operation, 'activation', None), '__name__', 'linear')
+  activation = getattr(node.operation, 'activation', None)
+  return 'linear' if activation is None else getattr(activation, '__name__', repr(activation))
 
 
 def _ends_in_relu(node):
@@ -110,7 +116,7 @@ def kernel_nodes(graph, node):
       and has_weights(node)
       and _activation(node) == 'linear'
     )
-    if not (folds or (is_relu(follower) and not is_relu(node) and not _ends_in_relu(node))):
+    if not (folds or (is_relu(follower) and _activation(node) == 'linear' and not is_relu(node))):
       break
     nodes.append(follower)
     node = follower
@@ -145,10 +151,15 @@ def quantized_tensors(graph):
     nodes = kernel_nodes(graph, node)
     done.update(map(id, nodes))
     last = nodes[-1]
-    if _activation(last) in _FLOAT_ACTIVATIONS:
-      continue
+    points = []
+    if has_weights(last) and not (_activation(last) == 'linear' or _ends_in_relu(last)):
+      points.append('preactivation')
+    if _activation(last) not in _FLOAT_ACTIVATIONS:
+      points.append('output')
     readers, reaches = _readers(graph, last.outputs[0])
-    tensors.setdefault(
-      last.path, QuantizedTensor(last.path, is_relu(last) or _ends_in_relu(last), readers, reaches)
-    )
+    for point in points:
+      nonnegative = point == 'output' and (is_relu(last) or _ends_in_relu(last))
+      tensors.setdefault(
+        (last.path, point), QuantizedTensor(last.path, point, nonnegative, readers, reaches)
+      )
   return list(tensors.values())

@@ -110,7 +110,7 @@ class Uniform(Compressor):
         placements.append(
           Placement(
             tensor.path,
-            'output',
+            tensor.point,
             ActivationQuantizer(max(bits), momentum, nonnegative=tensor.nonnegative),
           )
         )

@@ -10,5 +10,7 @@ from nets.convnet_at_digits import ModelHelper
 
 folder = pathlib.Path(sys.argv[1])
 learner = main.make_learner(ModelHelper, ['learning', *sys.argv[2:], '--enbl_multi_gpu'])
-weights = learner._compressed_model(learner._float_model()).get_weights()
-np.savez(folder / f'rank{learner.runtime.rank}.npz', *weights)
+trained, kept = learner._compressed_model, []
+learner._compressed_model = lambda float_model: kept.append(trained(float_model)) or kept[0]
+learner.execute()
+np.savez(folder / f'rank{learner.runtime.rank}.npz', *kept[0].get_weights())

@@ -14,7 +14,7 @@ from absl import flags
 
 import nets
 from learners import main as learners_main
-from learners.learner import RunConfig
+from learners.config import RunConfig
 from nets import model_helper
 from pocketsize import compressor
 from pocketsize.options import legal_values
