@@ -5,6 +5,7 @@ import errno
 import importlib
 import os
 import pkgutil
+import signal
 import sys
 
 import keras
@@ -19,6 +20,16 @@ from pocketsize.errors import UserError
 
 WORKER_LOST = 1
 USER_ERROR = 2
+
+
+class Interrupted(BaseException):
+  """A signal came where nothing is left to save: before training, or while files are written."""
+
+  def __init__(self, number):
+    super().__init__(
+      f'stopped by {signal.Signals(number).name}; the same command goes on from the last checkpoint'
+    )
+    self.signal_number = number
 
 
 def discover():
@@ -76,6 +87,12 @@ def run(helper_class):
   Exit codes: 0 done; 1 another worker failed; 2 a mistake of the user, in one sentence; 128 + n
   stopped by signal n.
   """
+
+  def interrupt(number, frame):
+    raise Interrupted(number)
+
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, interrupt)
   sys.exit(run_with(helper_class, sys.argv))
 
 
@@ -88,10 +105,8 @@ def run_with(helper_class, argv):
     if debug:
       raise
     return _complain(str(error), USER_ERROR)
-  except Stopped as stopped:
+  except (Stopped, Interrupted) as stopped:
     return _complain(str(stopped), 128 + stopped.signal_number)
-  except KeyboardInterrupt:
-    return _complain('interrupted; the same command goes on from the last checkpoint', 130)
   except OSError as error:
     if error.errno not in (errno.ENOSPC, errno.EDQUOT) and 'No space left' not in str(error):
       raise

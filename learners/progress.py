@@ -42,6 +42,15 @@ class ProgressReport:
     if self._bar:
       self._bar.stop()
 
+  @classmethod
+  def over(cls, title, items, name=str):
+    """Yields `items`, a sequence, and shows how many are done and the `name(item)` at work."""
+    with cls(title, len(items)) as report:
+      for done, item in enumerate(items):
+        report.say(done, {'now': name(item)})
+        yield item
+        report.advance(done + 1)
+
   def advance(self, step):
     """Says that `step` steps are done."""
     if self._bar:
@@ -53,6 +62,8 @@ class ProgressReport:
     if self._bar:
       self._bar.update(self._task, completed=step, facts=text)
     elif not self.quiet:
-      rate = (time.monotonic() - self._began) / max(step - self.start, 1)
-      left = datetime.timedelta(seconds=round(rate * (self.total - step)))
-      print(f'{self.title}: step {step}/{self.total}  {text}  left {left}', flush=True)
+      left = ''
+      if step > self.start:
+        rate = (time.monotonic() - self._began) / (step - self.start)
+        left = f'  left {datetime.timedelta(seconds=round(rate * (self.total - step)))}'
+      print(f'{self.title}: {step}/{self.total}  {text}{left}', flush=True)

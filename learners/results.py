@@ -1,5 +1,6 @@
 """What a run leaves behind: models, exported files that were run, and the report."""
 
+import functools
 import json
 import time
 
@@ -7,6 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from learners.progress import ProgressReport
 from pocketsize import conversion, report
 from pocketsize.errors import UserError
 from pocketsize.files import atomic_path, write_json
@@ -60,9 +62,14 @@ class Results:
       The report.
     """
     formats = [name for name in self.run.formats if name in conversion.formats_for(model)]
-    print('exporting', flush=True)
     exports = time.monotonic()
-    files = conversion.export(model, self.folder / 'exports', formats, name=self.helper.name)
+    files = conversion.export(
+      model,
+      self.folder / 'exports',
+      formats,
+      name=self.helper.name,
+      track=functools.partial(ProgressReport.over, 'exporting'),
+    )
     write_json(
       self.folder / 'exports' / 'files.json',
       [{'format': file.format, 'name': file.path.name, 'note': file.note} for file in files],
@@ -88,16 +95,27 @@ class Results:
     report.show(self._measure(float_model, model, files, {}, time.monotonic(), ''))
 
   def _measure(self, float_model, model, files, seconds, began, command):
-    print(
-      f'running the models and {len(files)} files on the {self.run.eval_split} split', flush=True
-    )
     evaluation = time.monotonic()
-    float_metrics, _ = self._evaluate(instrument(float_model))
-    metrics, outputs = self._evaluate(model)
-    _, stripped_outputs = self._evaluate(instrument(strip(model)))
+    models = {
+      'float': instrument(float_model),
+      'compressed': model,
+      'compressed, activations float': instrument(strip(model)),
+    }
+    (float_metrics, _), (metrics, outputs), (_, stripped_outputs) = [
+      self._evaluate(models[name])
+      for name in ProgressReport.over(f'evaluating on {self.run.eval_split}', list(models))
+    ]
     verification = time.monotonic()
     entries = conversion.verify_files(
-      files, self._batches, {True: outputs, False: stripped_outputs}, self.helper.evaluator()
+      files,
+      self._batches,
+      {True: outputs, False: stripped_outputs},
+      self.helper.evaluator(),
+      track=functools.partial(
+        ProgressReport.over,
+        f'running files on {self.run.eval_split}',
+        name=lambda file: file.format,
+      ),
     )
     now = time.monotonic()
     seconds |= {

@@ -175,6 +175,7 @@ def show(report, console=None):
     (metric, 'right'),
     ('bytes', 'right'),
     ('params', 'right'),
+    ('nonzero', 'right'),
     ('MACs', 'right'),
     ('ms', 'right'),
     ('max diff', 'right'),
@@ -183,12 +184,12 @@ def show(report, console=None):
     table.add_column(heading, justify=justify, no_wrap=True)
   for name in ('float', 'compressed'):
     part = report[name]
-    params = part.get('nonzero_params', part['params'])
     table.add_row(
       f'Keras, {name}',
       f'{part["metrics"][metric]:.4f}',
       f'{part["bytes"]:,}',
-      f'{params:,}',
+      f'{part["params"]:,}',
+      f'{part["nonzero_params"]:,}' if 'nonzero_params' in part else '',
       f'{part["macs"]:,}',
       '',
       '',
@@ -199,6 +200,7 @@ def show(report, console=None):
       file['format'],
       f'{file["metrics"][metric]:.4f}',
       f'{file["bytes"]:,}',
+      '',
       '',
       '',
       f'{file["latency_ms"]:.3f}',

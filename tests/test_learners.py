@@ -113,12 +113,33 @@ def test_a_finished_run_started_again_changes_nothing(tmp_path):
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_signal_in_a_real_process_loses_nothing(tmp_path, undisturbed, number):
+  code, stderr = _signalled(tmp_path, number, 'float training: 10/', *SMALL, *UNIFORM)
+  if number == signal.SIGKILL:
+    assert code == -number
+  else:
+    assert code == 128 + number
+    assert f'stopped by {signal.Signals(number).name} after step' in stderr
+    assert 'Traceback' not in stderr
+  assert run(tmp_path, *UNIFORM) == 0
+  assert_same_bits(weights(tmp_path), undisturbed(*UNIFORM))
+
+
+def test_a_signal_while_files_are_written_leaves_whole_ones(tmp_path):
+  arguments = [*SMALL, *UNIFORM, '--export_formats=tflite,onnx,openvino']
+  code, stderr = _signalled(tmp_path, signal.SIGTERM, 'exporting: 1/3', *arguments)
+  assert code == 128 + signal.SIGTERM
+  assert 'stopped by SIGTERM; the same command goes on' in stderr and 'Traceback' not in stderr
+  written = {path.name for path in (tmp_path / 'exports').iterdir()}
+  assert 'convnet.tflite' in written and written <= {'convnet.tflite', 'convnet.onnx'}
+
+
+def _signalled(tmp_path, number, beginning, *arguments):
+  """Starts a run, signals it at the first line with `beginning`; returns (exit code, stderr)."""
   command = [
     sys.executable,
     'nets/convnet_at_digits_run.py',
     f'--work_dir={tmp_path}',
-    *SMALL,
-    *UNIFORM,
+    *arguments,
   ]
   process = subprocess.Popen(
     command,
@@ -129,18 +150,11 @@ def test_a_signal_in_a_real_process_loses_nothing(tmp_path, undisturbed, number)
     stderr=subprocess.PIPE,
   )
   for line in process.stdout:
-    if line.startswith('float training: step 10/'):
+    if line.startswith(beginning):
       process.send_signal(number)
       break
   _, stderr = process.communicate(timeout=120)
-  if number == signal.SIGKILL:
-    assert process.returncode == -number
-  else:
-    assert process.returncode == 128 + number
-    assert f'stopped by {signal.Signals(number).name} after step' in stderr
-    assert 'Traceback' not in stderr
-  assert run(tmp_path, *UNIFORM) == 0
-  assert_same_bits(weights(tmp_path), undisturbed(*UNIFORM))
+  return process.returncode, stderr
 
 
 def test_a_diverging_loss_stops_the_run_and_keeps_the_last_good_checkpoint(

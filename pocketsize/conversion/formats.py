@@ -56,7 +56,7 @@ def formats_for(model):
   return tuple(name for name in FORMATS if is_quantized(model) or name not in QUANTIZED_FORMATS)
 
 
-def export(model, folder, formats=None, name='model'):
+def export(model, folder, formats=None, name='model', track=iter):
   """Writes a model in several formats. A file is whole or absent.
 
   Float formats compute with the kernels as deployed and float activations, int8 formats with what
@@ -67,6 +67,7 @@ def export(model, folder, formats=None, name='model'):
     folder: of the files; made if it is missing.
     formats: names out of `FORMATS`; all that fit the model if None.
     name: what the files' names begin with.
+    track: `track(formats)` gives the formats one by one; it may show progress.
 
   Returns:
     A list of `ExportedFile`.
@@ -93,7 +94,7 @@ def export(model, folder, formats=None, name='model'):
     for quantized in dict.fromkeys(_FORMATS[format_].quantized for format_ in formats)
   }
   files = []
-  for format_ in formats:
+  for format_ in track(formats):
     kind = _FORMATS[format_]
     path = pathlib.Path(folder, name + kind.suffix)
     _write(kind.writer, lowered[kind.quantized], path)

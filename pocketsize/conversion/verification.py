@@ -35,7 +35,7 @@ def verify(file, batches, reference, evaluator, latency_rounds=30):
   )[0]
 
 
-def verify_files(files, batches, references, evaluator, latency_rounds=30):
+def verify_files(files, batches, references, evaluator, latency_rounds=30, track=iter):
   """Runs every file on all samples in its own runtime.
 
   Args:
@@ -45,6 +45,7 @@ def verify_files(files, batches, references, evaluator, latency_rounds=30):
     references: {whether quantized: [samples, ...] outputs of Keras for these samples, in order}.
     evaluator: has reset(), update(y, outputs), result().
     latency_rounds: see `latency`.
+    track: `track(files)` gives the files one by one; it may show progress.
 
   Returns:
     A list of dicts: format, path, bytes (of all its parts), gzip_bytes, metrics, latency_ms (one
@@ -55,7 +56,7 @@ def verify_files(files, batches, references, evaluator, latency_rounds=30):
     UserError: a runtime's package is missing, or the samples do not fit.
   """
   entries = []
-  for file in files:
+  for file in track(files):
     metrics, difference = _run(
       file.path, batches(), references[file.format in QUANTIZED_FORMATS], evaluator
     )
