@@ -115,11 +115,12 @@ def _read_folder(folder):
 def _read_archive(path):
   """{stem: (x, y)} straight from a .tar.gz: nothing is unpacked to disk, other members ignored."""
   wanted = {stem + suffix for stem in (*_STEMS, _TEST) for suffix in ('.bin', '')}
-  parsed = {}
+  parsed, offset, last = {}, 0, 'its beginning'
   try:
     with tarfile.open(path, 'r|gz') as archive:
       for member in archive:
         name = pathlib.PurePosixPath(member.name).name
+        offset, last = member.offset, member.name
         if name not in wanted or not member.isfile():
           continue
         if member.size > _LARGEST:
@@ -130,17 +131,22 @@ def _read_archive(path):
         parsed[name.removesuffix('.bin')] = _parse(path / name, content)
   except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
     raise UserError(
-      f'{path} must be a .tar.gz archive of CIFAR-10 and is not, or is damaged: {error}.'
+      f'{path} must be a .tar.gz archive of CIFAR-10 and is not, or is damaged behind {last}, '
+      f'which begins at byte offset {offset} of the unpacked archive: {error}.'
     ) from error
-  _refuse_missing(path, [stem for stem in (*_STEMS, _TEST) if stem not in parsed])
+  _refuse_missing(
+    path,
+    [stem for stem in (*_STEMS, _TEST) if stem not in parsed],
+    f'; its last member, {last}, begins at byte offset {offset} of the unpacked archive',
+  )
   return parsed
 
 
-def _refuse_missing(place, missing):
+def _refuse_missing(place, missing, note=''):
   if missing:
     raise UserError(
       f'CIFAR-10 must have five training batches and a test batch. Received: {place} without '
-      f'{", ".join(missing)}.'
+      f'{", ".join(missing)}{note}.'
     )
 
 
@@ -188,13 +194,14 @@ def parse_pickled(path, content):
   Raises:
     UserError: not a pickle of arrays, dicts, lists and bytes, or not that of a CIFAR-10 batch.
   """
+  stream = io.BytesIO(content)
   try:
-    batch = _ArrayUnpickler(io.BytesIO(content), encoding='bytes').load()
+    batch = _ArrayUnpickler(stream, encoding='bytes').load()
   # Damaged pickles fail in any way that their opcodes can: IndexError, KeyError, MemoryError ...
   except Exception as error:
     raise UserError(
-      f'{path} must be a pickled batch of CIFAR-10 and is not, or is damaged: '
-      f'{type(error).__name__}: {error}.'
+      f'{path} must be a pickled batch of CIFAR-10 and is not, or is damaged at byte offset '
+      f'{stream.tell()} of {len(content)}: {type(error).__name__}: {error}.'
     ) from error
   entries = batch if isinstance(batch, dict) else {}
   planes = entries.get(b'data', entries.get('data'))
@@ -208,7 +215,7 @@ def parse_pickled(path, content):
   if not isinstance(labels, list) or len(labels) != len(planes):
     raise UserError(f'{path}: `labels` must be a list of {len(planes)} integers.')
   for record, label in enumerate(labels):
-    if not isinstance(label, int) or not 0 <= label <= 9:
+    if type(label) is not int or not 0 <= label <= 9:
       raise UserError(f'{path}, record {record}: the label must be 0 to 9. Received: {label!r}.')
   return planes, np.array(labels)
 

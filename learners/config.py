@@ -19,7 +19,9 @@ class RunConfig:
   pretrained: str | None = option(
     None, 'file of the float model: .keras, .weights.h5 or .npz; unset: it is trained first'
   )
-  seed: int = option(0, 'of initial weights, order of samples and augmentation', lower=0)
+  seed: int = option(
+    0, 'of initial weights, order of samples and augmentation', lower=0, upper=2**32 - 1
+  )
   batch_size: int = option(128, 'samples of one worker in a training step', lower=1)
   batch_size_eval: int = option(100, 'samples of an evaluation step', lower=1)
   eval_split: str = option(
@@ -29,8 +31,8 @@ class RunConfig:
   )
   lrn_rate_ft: float | None = option(
     None,
-    'learning rate at which a compressed model starts, down to 0 by a cosine; unset: a tenth of '
-    'lrn_rate_init',
+    'learning rate at which a compressed model starts, down to 0 by a cosine; like lrn_rate_init '
+    'meant for batch_size_norm samples a step, and scaled with their number; unset: a tenth of it',
     above=0,
   )
   enbl_dst: bool = option(False, 'distill from the float model')
@@ -42,25 +44,32 @@ class RunConfig:
   summ_step: int = option(100, 'steps between two reports', lower=1)
   save_step: int = option(10000, 'steps between two checkpoints', lower=1)
   export_formats: str = option(
-    ','.join(conversion.FORMATS), 'formats to write, comma-separated, or none'
+    'all',
+    f'formats to write, comma-separated, out of {", ".join(conversion.FORMATS)}; or none; or '
+    'all that the model has',
   )
   enbl_multi_gpu: bool = option(False, 'several workers; set by the scripts')
   debug: bool = option(False, 'show a traceback with an error of the user')
 
   def __post_init__(self):
     check_options(self)
-    unknown = [name for name in self.formats if name not in conversion.FORMATS]
+    unknown = [name for name in self.formats or () if name not in conversion.FORMATS]
     if unknown:
       raise UserError(
-        f'--export_formats must be none, or names out of {", ".join(conversion.FORMATS)}. '
+        f'--export_formats must be all, none, or names out of {", ".join(conversion.FORMATS)}. '
         f'Received: {unknown[0]!r}.'
       )
-    if self.save_path_dst and not self.enbl_dst:
-      raise UserError(
-        '--save_path_dst names a teacher, but distillation is off: add --enbl_dst, or leave it out.'
-      )
+    for name in ('loss_w_dst', 'tempr_dst', 'save_path_dst'):
+      default = type(self).__dataclass_fields__[name].default
+      if not self.enbl_dst and getattr(self, name) != default:
+        raise UserError(
+          f'--{name} is about distillation, which is off: add --enbl_dst, or leave it out. '
+          f'Received: --{name}={getattr(self, name)}.'
+        )
 
   @property
   def formats(self):
-    """The names of the formats to write."""
+    """The names of the formats to write; None for all that the model has."""
+    if self.export_formats == 'all':
+      return None
     return [name for name in self.export_formats.split(',') if name and name != 'none']

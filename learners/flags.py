@@ -36,7 +36,8 @@ def parse(argv, config_types):
   try:
     rest = values(list(argv))
   except flags.Error as error:
-    raise UserError(f'{str(error).rstrip(".")}. --help lists the flags.') from error
+    message = str(error).removeprefix('ERROR:: ').rstrip('.')
+    raise UserError(f'{message}. --help lists the flags.') from error
   except OSError as error:
     raise UserError(f'--flagfile names a file that cannot be read: {error}.') from error
   if values.help:

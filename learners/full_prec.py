@@ -25,13 +25,14 @@ class FullPrecision(Learner):
   def epochs(self):
     return 0.0
 
-  def float_compressors(self):
-    if not self.run.enbl_dst:
-      return []
-    if not self.run.save_path_dst or self.run.pretrained:
+  def check(self):
+    if self.run.enbl_dst and (not self.run.save_path_dst or self.run.pretrained):
       raise UserError(
         '--learner=full-prec with --enbl_dst trains a model from scratch with a teacher: it needs '
         '--save_path_dst=FILE and no --pretrained. '
         f'Received: --save_path_dst={self.run.save_path_dst}, --pretrained={self.run.pretrained}.'
       )
-    return [self.distillation(None)]
+    super().check()
+
+  def float_compressors(self):
+    return [self.distillation(None)] if self.run.enbl_dst else []

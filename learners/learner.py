@@ -11,7 +11,7 @@ from learners.checkpoint import Checkpoints
 from learners.results import Results, save_keras
 from learners.training import Schedule, train
 from learners.workfolder import WorkFolder
-from pocketsize import calibration, configure, report, schedules
+from pocketsize import calibration, configure, conversion, report, schedules
 from pocketsize.compressor import Stack
 from pocketsize.distillation import Distillation, DistillationConfig
 from pocketsize.errors import UserError
@@ -67,12 +67,25 @@ class Learner(abc.ABC):
 
   def execute(self):
     """Does what --exec_mode says, as the only run in its work folder."""
+    if self.run.exec_mode == 'train':
+      self.check()
     with self._on_chief(self._opened_folder) or contextlib.nullcontext():
       {'train': self.train, 'eval': self.evaluate}[self.run.exec_mode]()
+
+  def check(self):
+    """Raises a UserError for what would else be found out after hours of training."""
+    model = self.helper.build()
+    stack = Stack(self.compressors(Graph(model), self._steps(self.epochs())))
+    conversion.check_formats(configure.attach(model, stack), self.run.formats)
+    if self.run.save_path_dst:
+      self._on_chief(
+        lambda: self.helper.load_pretrained(self.helper.build(), self.run.save_path_dst)
+      )
 
   def _opened_folder(self):
     parts = (self.run, self.helper.config, self.config)
     everything = {name: value for part in parts for name, value in dataclasses.asdict(part).items()}
+    everything['workers'] = self.runtime.size
     return WorkFolder(self.folder, everything, read_only=self.run.exec_mode == 'eval')
 
   def train(self):

@@ -3,7 +3,6 @@
 import difflib
 import errno
 import importlib
-import os
 import pkgutil
 import signal
 import sys
@@ -98,22 +97,22 @@ def run(helper_class):
 
 def run_with(helper_class, argv):
   """Runs the learner for `argv` and returns the exit code."""
-  debug = bool({'--debug', '--debug=true'} & set(argv))
+  debug = any(argument.lower() in ('--debug', '--debug=true') for argument in argv)
   try:
-    make_learner(helper_class, argv).execute()
+    learner = make_learner(helper_class, argv)
+    debug = learner.run.debug
+    learner.execute()
   except UserError as error:
     if debug:
       raise
     return _complain(str(error), USER_ERROR)
   except (Stopped, Interrupted) as stopped:
     return _complain(str(stopped), 128 + stopped.signal_number)
-  except OSError as error:
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT) and 'No space left' not in str(error):
-      raise
-    return _complain(
-      f'The disk is full: {error}. Make room and start the same command again.', USER_ERROR
-    )
-  except (RuntimeError, tf.errors.OpError) as error:
+  except (OSError, RuntimeError, tf.errors.OpError) as error:
+    if _is_disk_full(error):
+      return _complain(
+        f'The disk is full: {error}. Make room and start the same command again.', USER_ERROR
+      )
     if not runtime.is_worker_lost(error):
       raise
     return _complain(
@@ -122,7 +121,13 @@ def run_with(helper_class, argv):
   return 0
 
 
+def _is_disk_full(error):
+  return getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT) or any(
+    text in str(error) for text in ('No space left', 'Disk quota exceeded')
+  )
+
+
 def _complain(message, code):
-  if os.environ.get('HOROVOD_RANK', '0') == '0':
-    print(message, file=sys.stderr)
+  # Every worker says it: it may be the only one that knows. The launcher shows equal lines once.
+  print(message, file=sys.stderr)
   return code

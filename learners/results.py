@@ -4,14 +4,13 @@ import functools
 import json
 import time
 
-import keras
 import numpy as np
 import tensorflow as tf
 
 from learners.progress import ProgressReport
 from pocketsize import conversion, report
 from pocketsize.errors import UserError
-from pocketsize.files import atomic_path, write_json
+from pocketsize.files import atomic_path, load_model, write_json
 from pocketsize.instrument import Instrumented, instrument, strip
 
 
@@ -61,12 +60,11 @@ class Results:
     Returns:
       The report.
     """
-    formats = [name for name in self.run.formats if name in conversion.formats_for(model)]
     exports = time.monotonic()
     files = conversion.export(
       model,
       self.folder / 'exports',
-      formats,
+      self.run.formats,
       name=self.helper.name,
       track=functools.partial(ProgressReport.over, 'exporting'),
     )
@@ -84,7 +82,8 @@ class Results:
     """Measures the models and files in the folder and prints the table; changes no file."""
     quantized = self.folder / 'quantized.keras'
     path = quantized if quantized.exists() else self.existing('final.keras')
-    model = keras.models.load_model(path, compile=False)
+    load_model(self.existing('final.keras'))
+    model = load_model(path)
     model = model if isinstance(model, Instrumented) else instrument(model)
     files = [
       conversion.ExportedFile(

@@ -53,9 +53,9 @@ class Runtime:
     """Returns the sum of a numeric array over the ranks: NumPy, same shape and dtype."""
     return np.array(array)
 
-  def any(self, flag):
-    """Returns on every rank whether `flag` is true on at least one: say, one that got a signal."""
-    return bool(self.allreduce_sum(np.int32(bool(flag))) > 0)
+  def any(self, *flags):
+    """Returns on every rank whether each of `flags` is true on at least one: a list of bools."""
+    return (self.allreduce_sum(np.array([bool(flag) for flag in flags], 'int32')) > 0).tolist()
 
   def barrier(self):
     """Returns when every rank has come here."""

@@ -158,15 +158,15 @@ class _Loop(keras.callbacks.Callback):
   def on_train_batch_end(self, batch, logs=None):
     self.step += 1
     loss = logs['loss']
-    if not math.isfinite(loss):
-      self._diverged(f'The loss became {loss}')
+    diverged, stop = self.runtime.any(not math.isfinite(loss), self.caught)
+    if diverged:
+      self._diverged('The loss became infinite or not a number')
     self.progress.advance(self.step)
     if self.step % self.schedule.summary_step == 0 or self.step == self.schedule.steps:
       self._summarize(loss)
-    stop = self.runtime.any(self.caught)
     if stop or self.step % self.schedule.save_step == 0 or self.step == self.schedule.steps:
       self._save()
-    if stop and self.step < self.schedule.steps:
+    if stop:
       raise Stopped(
         self.runtime.broadcast(self.caught[0] if self.caught else signal.SIGTERM), self.step
       )
@@ -191,7 +191,9 @@ class _Loop(keras.callbacks.Callback):
       self.writer.flush()
 
   def _save(self):
-    if not all(np.isfinite(variable).all() for variable in self.variables_):
+    finite = all(np.isfinite(variable).all() for variable in self.variables_)
+    (diverged,) = self.runtime.any(not finite)
+    if diverged:
       self._diverged('A weight became infinite or not a number')
     if self.runtime.is_chief:
       self.checkpoints.save(self.step, self.variables_)

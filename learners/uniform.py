@@ -42,6 +42,10 @@ class UniformLearner(Learner):
 
     def __post_init__(self):
       check_options(self)
+      if self.uql_bucket_type == 'split' and not self.uql_use_buckets:
+        raise UserError(
+          '--uql_bucket_type has no effect without --uql_use_buckets. Received: split.'
+        )
       if self.uql_bucket_size != 256 and not (
         self.uql_use_buckets and self.uql_bucket_type == 'split'
       ):
@@ -74,7 +78,9 @@ class UniformLearner(Learner):
     if self.config.uql_weight_bits_list is not None:
       paths = list(targets.weighted_layers(graph))
       rules += [
-        targets.Rule(dataclasses.replace(default, weight_bits=bits, end_bits=0), op_names=(path,))
+        targets.Rule(
+          dataclasses.replace(default, weight_bits=bits, end_weight_bits=0), op_names=(path,)
+        )
         for path, bits in zip(paths, _bits(self.config.uql_weight_bits_list, paths), strict=True)
       ]
     return [Uniform(rules)]

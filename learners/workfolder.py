@@ -6,11 +6,12 @@ import os
 import pathlib
 
 from pocketsize.errors import UserError
-from pocketsize.files import write_json
+from pocketsize.files import remove_temporary, write_json
 
 # They say how a run is watched or where its inputs lie, not what it computes.
 FREE = frozenset(
-  {'exec_mode', 'work_dir', 'summ_step', 'save_step', 'export_formats', 'debug', 'data_dir_local'}
+  'exec_mode work_dir summ_step save_step export_formats debug data_dir_local '
+  'enbl_multi_gpu'.split()
 )
 
 # Once one of them is there, the folder belongs to its configuration.
@@ -22,8 +23,8 @@ class WorkFolder:
 
   Args:
     path: made if it is missing.
-    config: {name: value} of the run, compared with the folder's `config.json` once there are
-      results.
+    config: {name: value} of the run: its flags, and 'workers'; compared with the folder's
+      `config.json` once there are results.
     read_only: the folder must exist, and no file of it changes but the lock.
 
   Raises:
@@ -61,8 +62,9 @@ class WorkFolder:
     self._lock.flush()
     try:
       if any((self / name).exists() for name in RESULTS):
-        self._compare(config)
+        self._compare(config, FREE | {'workers'} if read_only else FREE)
       if not read_only:
+        remove_temporary(self.path)
         write_json(self / 'config.json', config)
     except BaseException:
       self._lock.close()
@@ -77,7 +79,7 @@ class WorkFolder:
   def __truediv__(self, name):
     return self.path / name
 
-  def _compare(self, config):
+  def _compare(self, config, free):
     try:
       earlier = json.loads((self / 'config.json').read_text())
     except FileNotFoundError:
@@ -87,9 +89,10 @@ class WorkFolder:
         f'{self / "config.json"} is damaged: {error}. Give another --work_dir.'
       ) from error
     differing = [
-      f'--{name} is {earlier.get(name)!r} there and {config.get(name)!r} here'
+      f'{"-n" if name == "workers" else f"--{name}"} is {earlier.get(name)!r} there and '
+      f'{config.get(name)!r} here'
       for name in sorted(set(earlier) | set(config))
-      if name not in FREE and earlier.get(name) != config.get(name)
+      if name not in free and earlier.get(name) != config.get(name)
     ]
     if differing:
       raise UserError(

@@ -4,7 +4,11 @@ import keras
 import numpy as np
 
 from pocketsize.errors import UserError
-from pocketsize.quantization.quantizers import ActivationQuantizer, WeightQuantizer
+from pocketsize.quantization.quantizers import (
+  LEAST_WIDTH,
+  ActivationQuantizer,
+  WeightQuantizer,
+)
 
 
 def calibrate(model, batches):
@@ -42,8 +46,9 @@ def calibrate(model, batches):
         'Activation ranges need data: `calibration` must give at least one batch. Received none.'
       )
     low, high = np.mean(extremes[id(quantizer)], axis=0)
-    quantizer.low.assign(min(low, 0.0))
-    quantizer.high.assign(max(high, 0.0))
+    low = min(low, 0.0)
+    quantizer.low.assign(low)
+    quantizer.high.assign(max(high, 0.0, low + LEAST_WIDTH))
 
 
 def fit_scales(model):

@@ -4,6 +4,7 @@ import abc
 import enum
 import importlib
 import pkgutil
+import warnings
 
 import keras
 
@@ -52,7 +53,7 @@ class Compressor(abc.ABC):
     return 0.0
 
   def stage(self, step):
-    """Returns the `Stage` once `step` optimizer steps are done."""
+    """Returns the `Stage` once `step` optimizer steps are done and `update(step)` was called."""
     return Stage.FULL
 
   def statistics(self):
@@ -137,6 +138,16 @@ class CompressionCallback(keras.callbacks.Callback):
   def on_train_batch_begin(self, batch, logs=None):
     self.stack.update(self.step)
     self.step += 1
+
+  def on_train_end(self, logs=None):
+    # What is due after the last step, such as the masks of the full ratio.
+    self.stack.update(self.step)
+    if self.stack.stage(self.step) is Stage.PARTIAL:
+      warnings.warn(
+        f'After {self.step} steps the compression is on its way: its schedule ends later. Train on '
+        'before the model is stripped or exported, or give an earlier end_step.',
+        stacklevel=2,
+      )
 
 
 def register(name):

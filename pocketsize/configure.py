@@ -38,18 +38,31 @@ def stack_from(config_list):
         f'{", ".join([*_TARGET_KEYS, *sorted(fields)])}. '
         f'Received: {", ".join(map(repr, sorted(unknown)))}.'
       )
-    rules_by_algorithm.setdefault(entry['algorithm'], []).append(
-      targets.Rule(
-        config_type(**{key: value for key, value in entry.items() if key in fields}),
-        tuple(entry.get('op_types', ())),
-        tuple(entry.get('op_names', ())),
-        bool(entry.get('exclude', False)),
-      )
-    )
+    rules_by_algorithm.setdefault(entry['algorithm'], []).append(_rule(entry, config_type, fields))
   if not rules_by_algorithm:
     raise UserError('A config_list needs at least one entry. Received: [].')
   return compressor.Stack(
     compressor.find(name)(rules) for name, rules in rules_by_algorithm.items()
+  )
+
+
+def _rule(entry, config_type, fields):
+  for key in ('op_types', 'op_names'):
+    if isinstance(entry.get(key, ()), str):
+      raise UserError(f'`{key}` must be a list of texts. Received: {entry[key]!r}.')
+  try:
+    config = config_type(**{key: value for key, value in entry.items() if key in fields})
+  except TypeError as error:
+    # A comparison with a value of another type.
+    raise UserError(
+      f'A config_list entry for {entry["algorithm"]!r} has a value of the wrong type: {error}. '
+      f'Received: {entry!r}.'
+    ) from error
+  return targets.Rule(
+    config,
+    tuple(entry.get('op_types', ())),
+    tuple(entry.get('op_names', ())),
+    bool(entry.get('exclude', False)),
   )
 
 

@@ -4,7 +4,15 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import secrets
+
+import keras
+
+from pocketsize.errors import UserError
+
+# What `atomic_path` names its temporary files: hidden, with eight random digits.
+_TEMPORARY = re.compile(r'\..+\.[0-9a-f]{8}\.\w+')
 
 
 @contextlib.contextmanager
@@ -25,6 +33,27 @@ def atomic_path(path):
     os.replace(temporary, path)
   finally:
     temporary.unlink(missing_ok=True)
+
+
+def remove_temporary(folder):
+  """Removes what killed processes left of `atomic_path` in a folder and those below it."""
+  for path in pathlib.Path(folder).rglob('.*.*'):
+    if path.is_file() and _TEMPORARY.fullmatch(path.name):
+      path.unlink(missing_ok=True)
+
+
+def load_model(path):
+  """Returns the Keras model saved at `path`, with or without quantizers.
+
+  Raises:
+    UserError: there is none, or it is damaged.
+  """
+  try:
+    return keras.models.load_model(path, compile=False)
+  # A damaged archive fails in any way that its parts can: BadZipFile, KeyError, HDF5's errors ...
+  except Exception as error:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    raise UserError(f'Model {str(path)!r} cannot be loaded: {lines[0][:300]}') from error
 
 
 def write_json(path, value):

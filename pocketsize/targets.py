@@ -120,6 +120,16 @@ def _has_matrix(layer):
   )
 
 
+def _check_pattern(name):
+  try:
+    name_matches(name, '')
+  except re.error as error:
+    raise UserError(
+      '`op_names` must be paths or regular expressions behind {re}. '
+      f'Received: {name!r} ({error}).'
+    ) from error
+
+
 def _check(candidates, rules):
   types = sorted({type(layer).__name__ for layer in candidates.values()})
   for rule in rules:
@@ -129,12 +139,12 @@ def _check(candidates, rules):
           f'`op_types` must be among {", ".join(WEIGHTS_BY_TYPE)}. Received: {op_type!r}.'
         )
     for name in rule.op_names:
+      _check_pattern(name)
       if not any(name_matches(name, path) for path in candidates):
         near = difflib.get_close_matches(name, candidates, n=1) or list(candidates)[:1]
         raise UserError(
           f'`op_names` has {name!r}, which matches no layer with weights '
-          f'(types {", ".join(types)}). '
-          f'Did you mean {near[0]!r}?'
+          f'(types {", ".join(types)}). Did you mean {near[0]!r}?'
           if near
           else f'The model has no layer to match {name!r}.'
         )

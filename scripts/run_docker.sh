@@ -7,7 +7,7 @@
 #   --gpus=SET     GPUs for the container, as in `docker run --gpus`
 #   --image=NAME   run this image; without it, the image `pocketsize` is built first
 # The data folder (--data_dir_local, else the environment, else path.conf) is mounted read-only at
-# /data, --pretrained and --flagfile read-only beside it. --work_dir, by default the folder `runs`
+# /data, --pretrained, --save_path_dst and --flagfile read-only beside it. --work_dir, by default the folder `runs`
 # here, is mounted writable, so results survive and belong to the calling user. Scripts in `nets` are
 # those of the image.
 set -euo pipefail
@@ -16,10 +16,10 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 inside=/pocketsize    # the repository inside the image, where runs start
 dry_run=0 image='' gpus=() mounts=()
 
-# mount SOURCE TARGET [readonly]: SOURCE must be there and becomes absolute.
+# mount SOURCE TARGET [readonly]: SOURCE becomes absolute.
 mount() {
   local source
-  source=$(cd "$(dirname "$1")" && pwd)/$(basename "$1")
+  source=$(realpath -m "$1")
   [[ $source != *,* ]] || fail "docker mounts no path with a comma. Received: $source"
   mounts+=(--mount "type=bind,source=$source,target=$2${3:+,$3}")
 }
@@ -56,7 +56,7 @@ set -- "${net_command[@]:1}"
 while (($#)); do
   name=${1%%=*} value=${1#*=}
   case $name in
-    --data_dir_local | --work_dir | --pretrained | --flagfile)
+    --data_dir_local | --work_dir | --pretrained | --save_path_dst | --flagfile)
       if [[ $1 != *=* ]]; then
         (($# > 1)) || fail "$name needs a value."
         value=$2
@@ -67,9 +67,10 @@ while (($#)); do
   case $name in
     --data_dir_local) data=$value ;;
     --work_dir) work_dir=$value ;;
-    --pretrained | --flagfile)
+    --pretrained | --save_path_dst | --flagfile)
       [[ -f $value ]] || fail "$name must name a file. Received: $name=$value"
-      target=/${name#--}/$(basename "$value")
+      # Numbered, since two flag files may have the same name in different folders.
+      target=/${name#--}/${#mounts[@]}/$(basename "$value")
       mount "$value" "$target" readonly
       flags+=("$name=$target")
       ;;
@@ -99,7 +100,9 @@ fi
 if ((!dry_run)) && ! docker info > /dev/null 2>&1; then
   fail "no Docker engine answers here; start one, or use scripts/run_local.sh."
 fi
-mkdir -p "$results"
+if ((!dry_run)); then
+  mkdir -p "$results"
+fi
 mount "$results" "$target"
 
 terminal=()

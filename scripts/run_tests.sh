@@ -8,6 +8,8 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 ensure_venv requirements-dev.txt
+# The tests of several workers run where Horovod is installed or a wheel of it is at hand.
+"$root/scripts/install_horovod.sh" --no_build
 export_run_environment
 cd "$root"
 if (($# == 0)); then

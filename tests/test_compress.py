@@ -1,5 +1,7 @@
 """The public door: config_list in, model and stack out, and training in both ways."""
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -22,6 +24,26 @@ def test_the_model_shares_its_weights_with_the_users():
   model, stack = pocketsize.compress(source, BOTH)
   assert model.source is source and model.stack is stack
   assert {id(weight) for weight in source.weights} <= {id(weight) for weight in model.weights}
+
+
+def test_a_fit_of_end_step_steps_reaches_the_ratio_and_a_shorter_one_warns():
+  pruning = [{'algorithm': 'magnitude', 'ratio': 0.5, 'end_step': 4, 'update_every': 3}]
+  x, y = images(), labels()
+  for steps, sparsity in ((4, 0.5), (3, None)):
+    model, stack = pocketsize.compress(conv_net(), pruning)
+    compile_for_logits(model)
+    with warnings.catch_warnings(record=True) as caught:
+      warnings.simplefilter('always')
+      model.fit(
+        x[: 2 * steps],
+        y[: 2 * steps],
+        batch_size=2,
+        verbose=0,
+        callbacks=[CompressionCallback(stack)],
+      )
+    told = any('on its way' in str(warning.message) for warning in caught)
+    assert told == (sparsity is None)
+    assert sparsity is None or stack.statistics()['sparsity'] == sparsity
 
 
 def test_entries_of_one_algorithm_are_rules_of_one_compressor():
@@ -130,13 +152,14 @@ def test_the_callback_counts_optimizer_steps_over_epochs_and_fits():
   model, stack = attached(recorder)
   callback = CompressionCallback(stack)
   model.fit(images(24), labels(24), batch_size=8, epochs=2, verbose=0, callbacks=[callback])
-  assert recorder.steps == [0, 1, 2, 3, 4, 5]
+  # The last update comes after the last step.
+  assert recorder.steps == [0, 1, 2, 3, 4, 5, 6]
   model.fit(images(8), labels(8), batch_size=8, verbose=0, callbacks=[CompressionCallback(stack)])
-  assert recorder.steps[6:] == [6]
+  assert recorder.steps[7:] == [6, 7]
   model.fit(
     images(8), labels(8), batch_size=8, verbose=0, callbacks=[CompressionCallback(stack, step=40)]
   )
-  assert recorder.steps[7:] == [40]
+  assert recorder.steps[9:] == [40, 41]
 
 
 def test_several_steps_at_a_time_are_refused():
@@ -201,6 +224,9 @@ def test_weight_scales_are_set_without_calibration_and_the_first_batch_sets_the_
     ([{'algorithm': 'magic'}], r"`algorithm` must be one of magnitude, uniform.*Received: 'magic'"),
     ([{'algorithm': 'magnitude', 'bits': 3}], r"takes the keys algorithm.*ratio.*Received: 'bits'"),
     ([{'algorithm': 'magnitude', 'ratio': 2}], r'`ratio` .* Received: 2'),
+    ([{'algorithm': 'magnitude', 'ratio': '0.5'}], r"a value of the wrong type.*'ratio': '0\.5'"),
+    ([{'algorithm': 'uniform', 'op_names': 'conv0'}], r"`op_names` must be a list.*'conv0'"),
+    ([{'algorithm': 'uniform', 'op_names': ['{re}(']}], r"regular expressions.*'\{re\}\('"),
     (
       [{'algorithm': 'uniform', 'weight_bits': 9.5}],
       r'`weight_bits` must be from 1 to 16, or 32.*Received: 9\.5',

@@ -1,11 +1,14 @@
 """What exporting refuses, verification, and the command lines."""
 
+import errno
+import shutil
 import subprocess
 import sys
 
 import conversion_models as models
 import keras
 import numpy as np
+import openvino
 import pytest
 
 from pocketsize import conversion
@@ -169,6 +172,37 @@ def _tool(name, *arguments):
   return subprocess.run(
     [sys.executable, '-m', f'tools.{name}', *arguments], capture_output=True, text=True
   )
+
+
+def test_a_full_disk_while_openvino_writes_is_told_as_one(tmp_path, monkeypatch):
+  def broken(*arguments, **options):
+    raise RuntimeError('basic_ios::clear: iostream error')
+
+  usage = shutil.disk_usage(tmp_path)
+  monkeypatch.setattr(openvino, 'save_model', broken)
+  for free, code in ((0, errno.ENOSPC), (1 << 30, errno.EIO)):
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path, free=free: usage._replace(free=free))
+    with pytest.raises(OSError) as caught:
+      conversion.export(quantized(), tmp_path, ['openvino'])
+    assert caught.value.errno == code
+
+
+def test_command_lines_say_what_they_cannot_write_or_read(tmp_path):
+  quantized().save(tmp_path / 'quantized.keras')
+  (tmp_path / 'file').touch()
+  refused = _tool(
+    'conversion.export', f'--model={tmp_path}/quantized.keras', f'--output_dir={tmp_path}/file/x'
+  )
+  assert refused.returncode == 2 and 'cannot be written or read' in refused.stderr
+  np.savez(tmp_path / 'data.npz', x=np.zeros((2, 5)), y=np.zeros(2))
+  refused = _tool(
+    'conversion.verify_file',
+    '--file=x.tflite',
+    f'--reference_model={tmp_path}/quantized.keras',
+    f'--data={tmp_path}/data.npz',
+  )
+  assert refused.returncode == 2 and '(None, 12, 12, 3). Received: (2, 5)' in refused.stderr
+  assert len(refused.stderr.strip().splitlines()) == 1
 
 
 def test_command_lines_export_and_verify(tmp_path):

@@ -26,6 +26,7 @@ def _seed():
 
 
 def build(name, **kwargs):
+  keras.utils.set_random_seed(0)
   return models.quantized(models.randomized(models.BUILDERS[name]()), **kwargs)
 
 

@@ -42,3 +42,11 @@ def test_two_workers_end_with_equal_weights(tmp_path, learner):
   config = json.loads((tmp_path / 'work' / 'config.json').read_text())
   assert config['enbl_multi_gpu'] is True
   assert (tmp_path / 'work' / 'report.json').exists()
+
+
+@needs_horovod
+def test_a_loss_that_diverges_on_one_worker_is_told_by_the_run(tmp_path):
+  code, _, errors = finish(start('diverging.py', f'--work_dir={tmp_path / "work"}', *SMALL))
+  assert code == 2
+  assert errors.count('The loss became infinite or not a number at step 3 of') == 1
+  assert 'another worker failed' not in errors and 'Traceback' not in errors

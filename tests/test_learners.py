@@ -10,11 +10,13 @@ import sys
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from learners import main, training
 from learners.checkpoint import Checkpoints
 from learners.workfolder import WorkFolder
 from nets.convnet_at_digits import ModelHelper
+from pocketsize.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = ['--nb_epochs_rat=0.03', '--export_formats=none', '--save_step=7', '--summ_step=5']
@@ -270,8 +272,21 @@ def test_evaluation_reproduces_the_report_and_writes_nothing(tmp_path, capfd):
     ),
     ([*SPARSE, '--ws_iter_ratio_beg=0.9'], '--ws_iter_ratio_beg must not be above'),
     (['--learner=uniform', '--uql_bucket_size=64'], '--uql_bucket_size has no effect'),
+    (['--learner=uniform', '--uql_bucket_type=split'], '--uql_bucket_type has no effect'),
     (['--learner=full-prec', '--save_path_dst=x.keras'], 'add --enbl_dst'),
+    (['--tempr_dst=2'], '--tempr_dst is about distillation, which is off'),
     (['--learner=full-prec', '--enbl_dst'], 'needs --save_path_dst'),
+    (
+      ['--learner=full-prec', '--enbl_dst', '--save_path_dst=x.keras', '--pretrained=y.keras'],
+      'and no --pretrained',
+    ),
+    (['--learner=uniform', '--enbl_dst', '--save_path_dst=missing.keras'], 'missing.keras'),
+    (['--learner=uniform', '--uql_weight_bits_list=8,99,8,8'], 'Received: 99'),
+    (
+      ['--learner=full-prec', '--export_formats=tflite_int8'],
+      "'tflite_int8' holds what quantizers",
+    ),
+    (['--seed=4294967296'], '--seed must be'),
     (['--learner=uniform', '--uql_weight_bits_list=8,8'], 'one number for each of the 4 layers'),
     (['--learner=uniform', '--export_formats=tflight'], "Received: 'tflight'"),
     (['--pretrained=missing.keras'], 'missing.keras'),
@@ -287,6 +302,7 @@ def test_a_mistake_of_the_user_is_one_sentence_and_exit_code_2(
   assert run(tmp_path / 'work', *arguments) == 2
   message = capfd.readouterr().err
   assert sentence in message
+  assert not list((tmp_path / 'work').glob('*.keras'))
   assert 'Traceback' not in message and len(message.strip().splitlines()) == 1
 
 
@@ -306,14 +322,82 @@ def test_two_runs_in_one_work_folder_are_refused(tmp_path, capfd):
   assert run(tmp_path, '--learner=full-prec') == 0
 
 
-def test_a_full_disk_is_one_sentence(tmp_path, capfd, monkeypatch):
+@pytest.mark.parametrize(
+  'module, name, error',
+  [
+    (np, 'savez', OSError(28, 'No space left on device')),
+    (
+      tf.summary,
+      'create_file_writer',
+      tf.errors.ResourceExhaustedError(None, None, 'events; No space left on device'),
+    ),
+  ],
+)
+def test_a_full_disk_is_one_sentence(tmp_path, capfd, monkeypatch, module, name, error):
   def full(*arguments, **options):
-    raise OSError(28, 'No space left on device')
+    raise error
 
-  monkeypatch.setattr(np, 'savez', full)
+  monkeypatch.setattr(module, name, full)
   assert run(tmp_path, *UNIFORM) == 2
   assert 'The disk is full' in capfd.readouterr().err
   assert not list((tmp_path / 'checkpoints').glob('*'))
+
+
+def test_a_missing_package_is_found_before_training(tmp_path, capfd, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'openvino', None)
+  assert run(tmp_path, *UNIFORM, '--export_formats=openvino') == 2
+  assert "Package 'openvino' is needed for openvino files" in capfd.readouterr().err
+  assert not (tmp_path / 'config.json').exists()
+
+
+def test_the_number_of_workers_belongs_to_a_work_folder(tmp_path):
+  with WorkFolder(tmp_path, {'workers': 2}):
+    (tmp_path / 'report.json').touch()
+  with pytest.raises(UserError, match='-n is 2 there and 1 here'):
+    WorkFolder(tmp_path, {'workers': 1})
+  with WorkFolder(tmp_path, {'workers': 1}, read_only=True):
+    assert json.loads((tmp_path / 'config.json').read_text()) == {'workers': 2}
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path):
+  left = tmp_path / 'checkpoints' / '.float-00000007.0123abcd.npz'
+  left.parent.mkdir()
+  for path in (left, tmp_path / '.hidden.npz'):
+    path.touch()
+  with WorkFolder(tmp_path, {}):
+    assert not left.exists() and (tmp_path / '.hidden.npz').exists()
+
+
+def test_a_signal_in_the_last_step_of_a_phase_stops_the_run(tmp_path, monkeypatch):
+  original = training._Loop.on_train_batch_end
+
+  def signalling(loop, batch, logs=None):
+    if loop.step == 19:
+      loop.caught.append(signal.SIGTERM)
+    original(loop, batch, logs)
+
+  monkeypatch.setattr(training._Loop, 'on_train_batch_end', signalling)
+  assert run(tmp_path, *UNIFORM) == 128 + signal.SIGTERM
+  assert Checkpoints(tmp_path / 'checkpoints', 'float').latest and not list(
+    tmp_path.glob('*.keras')
+  )
+
+
+def test_listed_weight_bits_leave_the_ends_of_activations_at_8_bits(tmp_path):
+  bits = ['--uql_weight_bits_list=2,4,4,3', '--uql_activation_bits=4', '--uql_quant_epochs=1']
+  assert run(tmp_path, '--learner=uniform', *bits) == 0
+  report = json.loads((tmp_path / 'report.json').read_text())
+  found = [(entry['weight_bits'], entry['activation_bits']) for entry in report['layers']]
+  assert [pair for pair in found if pair[0] < 32] == [(2, 8), (4, 4), (4, 4), (3, 8)]
+
+
+@pytest.mark.parametrize('name', ['quantized.keras', 'final.keras', 'float.keras'])
+def test_evaluation_of_a_damaged_model_is_one_sentence(tmp_path, capfd, name):
+  assert run(tmp_path, *UNIFORM) == 0
+  (tmp_path / name).write_bytes(b'garbage')
+  assert run(tmp_path, *UNIFORM, '--exec_mode=eval') == 2
+  message = capfd.readouterr().err
+  assert name in message and 'Traceback' not in message
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path, capfd, kill_at):

@@ -7,6 +7,7 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pocketsize.quantization import quantizers
 from pocketsize.quantization.quantizers import (
   ActivationQuantizer,
   WeightQuantizer,
@@ -226,6 +227,27 @@ def test_nudged_range_is_the_range_of_tensorflows_fake_quantizer(range_, bits):
 
 
 @settings(max_examples=60, deadline=None)
+@given(RANGES, st.integers(2, 16))
+def test_clipping_computes_what_tensorflows_fake_quantizer_does(range_, bits):
+  x = tf.constant(np.random.default_rng(bits).normal(size=200) * 4.0, tf.float32)
+  results = []
+  for quantize in (quantizers.quantize_affine, quantizers._quantize_by_clipping):
+    with tf.GradientTape() as tape:
+      tape.watch(x)
+      y = quantize(x, *map(tf.constant, range_), bits)
+    results.append((y.numpy(), tape.gradient(y, x).numpy()))
+  np.testing.assert_array_equal(results[0][0], results[1][0])
+  np.testing.assert_array_equal(results[0][1], results[1][1])
+
+
+def test_activations_that_are_all_zero_have_a_range():
+  for nonnegative in (False, True):
+    quantizer = built(nonnegative=nonnegative)
+    quantizer(tf.zeros((2, 3)), training=True)
+    assert quantizer.has_range
+    np.testing.assert_array_equal(quantizer(tf.zeros((2, 3))), np.zeros((2, 3)))
+
+
 @given(RANGES, st.integers(2, 10))
 def test_every_output_lies_on_the_nudged_grid(range_, bits):
   low, high = nudged_range(*range_, bits)

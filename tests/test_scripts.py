@@ -183,11 +183,11 @@ def test_docker_command(tmp_path):
   assert result.stderr == ''
   assert result.stdout == (
     f'docker run --rm --init --user {USER} --env HOME=/tmp --gpus all '
-    f'--mount type=bind\\,source={tmp_path}/w.npz\\,target=/pretrained/w.npz\\,readonly '
+    f'--mount type=bind\\,source={tmp_path}/w.npz\\,target=/pretrained/0/w.npz\\,readonly '
     f'--mount type=bind\\,source={tmp_path}/my\\ data\\,target=/data\\,readonly '
     f'--mount type=bind\\,source={tmp_path}/my\\ runs\\,target=/pocketsize/work '
     'pocketsize nets/resnet_at_cifar10_run.py -n=2 --learner=uniform '
-    '--pretrained=/pretrained/w.npz --note=a\\ b --data_dir_local=/data '
+    '--pretrained=/pretrained/0/w.npz --note=a\\ b --data_dir_local=/data '
     '--work_dir=/pocketsize/work\n'
   )
 

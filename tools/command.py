@@ -6,7 +6,6 @@ from absl import app
 from rich.console import Console
 from rich.table import Table
 
-from pocketsize import compressor
 from pocketsize.errors import UserError
 
 USER_ERROR = 2
@@ -21,8 +20,9 @@ def run(main):
         raise UserError(f'All arguments are flags, --name=value. Received: {argv[1]!r}.')
       main()
     except UserError as error:
-      print(error, file=sys.stderr)
-      sys.exit(USER_ERROR)
+      _leave(error)
+    except OSError as error:
+      _leave(f'{error.filename or "A file"} cannot be written or read: {error.strerror or error}.')
 
   app.run(guarded, flags_parser=_parse)
 
@@ -34,25 +34,12 @@ def _parse(argv):
   try:
     return flags.FLAGS(argv)
   except flags.Error as error:
-    print(str(error).splitlines()[-1].removeprefix('flags.'), file=sys.stderr)
-    sys.exit(USER_ERROR)
+    _leave(str(error).splitlines()[-1].removeprefix('flags.'))
 
 
-def load_model(path):
-  """Returns the Keras model saved at `path`, with or without quantizers.
-
-  Raises:
-    UserError: there is none, or it is broken.
-  """
-  import keras
-
-  # Finds the classes that a saved model may hold.
-  compressor.discover()
-  try:
-    return keras.models.load_model(path, compile=False)
-  except (OSError, ValueError, TypeError, KeyError) as error:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    raise UserError(f'Model {path!r} cannot be loaded: {lines[0][:300]}') from error
+def _leave(message):
+  print(message, file=sys.stderr)
+  sys.exit(USER_ERROR)
 
 
 def print_table(headings, rows):

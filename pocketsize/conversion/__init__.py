@@ -3,6 +3,7 @@
 from pocketsize.conversion.formats import (
   FORMATS,
   ExportedFile,
+  check_formats,
   export,
   formats_for,
   is_quantized,
@@ -13,6 +14,7 @@ from pocketsize.conversion.verification import latency, size, verify, verify_fil
 
 __all__ = [
   'FORMATS',
+  'check_formats',
   'ExportedFile',
   'count_ops',
   'export',

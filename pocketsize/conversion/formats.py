@@ -6,6 +6,7 @@ import pathlib
 from typing import NamedTuple
 
 from pocketsize.conversion import onnx, openvino, tflite
+from pocketsize.conversion.errors import require
 from pocketsize.conversion.lowering import Lowered
 from pocketsize.errors import UserError
 from pocketsize.files import atomic_path
@@ -30,15 +31,19 @@ class _Format(NamedTuple):
   writer: object
   suffix: str
   quantized: bool
+  packages: tuple
 
 
+_LITERT = ('ai_edge_litert',)
+_ONNX = ('tf2onnx', 'onnx', 'onnxruntime')
+_OPENVINO = ('tf2onnx', 'onnx', 'openvino')
 _FORMATS = {
-  'tflite': _Format(tflite.convert, '.tflite', quantized=False),
-  'tflite_int8': _Format(tflite.convert, '_int8.tflite', quantized=True),
-  'onnx': _Format(onnx.convert, '.onnx', quantized=False),
-  'onnx_qdq': _Format(onnx.convert, '_qdq.onnx', quantized=True),
-  'openvino': _Format(openvino.convert, '.xml', quantized=False),
-  'openvino_int8': _Format(openvino.convert, '_int8.xml', quantized=True),
+  'tflite': _Format(tflite.convert, '.tflite', False, _LITERT),
+  'tflite_int8': _Format(tflite.convert, '_int8.tflite', True, _LITERT),
+  'onnx': _Format(onnx.convert, '.onnx', False, _ONNX),
+  'onnx_qdq': _Format(onnx.convert, '_qdq.onnx', True, _ONNX),
+  'openvino': _Format(openvino.convert, '.xml', False, _OPENVINO),
+  'openvino_int8': _Format(openvino.convert, '_int8.xml', True, _OPENVINO),
 }
 FORMATS = tuple(_FORMATS)
 QUANTIZED_FORMATS = frozenset(name for name, kind in _FORMATS.items() if kind.quantized)
@@ -54,6 +59,40 @@ def is_quantized(model):
 def formats_for(model):
   """Returns the `FORMATS` that `model` can be written in: those of int8 need quantizers."""
   return tuple(name for name in FORMATS if is_quantized(model) or name not in QUANTIZED_FORMATS)
+
+
+def check_formats(model, formats=None):
+  """Returns the formats to write `model` in, after a look whether they can be written and run.
+
+  Args:
+    model: `Instrumented`, or a Functional or Sequential model.
+    formats: names out of `FORMATS`; all that fit the model if None.
+
+  Raises:
+    UserError: an unknown format, an int8 format of a model without quantizers, a missing package.
+  """
+  formats = _known(model, formats)
+  for format_ in formats:
+    for package in _FORMATS[format_].packages:
+      require(package, f'for {format_} files')
+  return formats
+
+
+def _known(model, formats):
+  formats = formats_for(model) if formats is None else tuple(formats)
+  for unknown in [name for name in formats if name not in _FORMATS]:
+    near = difflib.get_close_matches(unknown, _FORMATS, n=1)
+    raise UserError(
+      f'`formats` must be names out of {", ".join(_FORMATS)}. Received: {unknown!r}.'
+      + (f' Did you mean {near[0]!r}?' if near else '')
+    )
+  for format_ in formats:
+    if format_ not in formats_for(model):
+      raise UserError(
+        f'Format {format_!r} holds what quantizers learned, and the model has none. Export it as '
+        f'{", ".join(formats_for(model))}, or train it with quantizers.'
+      )
+  return formats
 
 
 def export(model, folder, formats=None, name='model', track=iter):
@@ -76,19 +115,7 @@ def export(model, folder, formats=None, name='model', track=iter):
     UserError: an unknown format, an int8 format of a model without quantizers, a missing package,
       or an operation that a converter refuses.
   """
-  formats = formats_for(model) if formats is None else tuple(formats)
-  for unknown in [name for name in formats if name not in _FORMATS]:
-    near = difflib.get_close_matches(unknown, _FORMATS, n=1)
-    raise UserError(
-      f'`formats` must be names out of {", ".join(_FORMATS)}. Received: {unknown!r}.'
-      + (f' Did you mean {near[0]!r}?' if near else '')
-    )
-  for format_ in formats:
-    if format_ not in formats_for(model):
-      raise UserError(
-        f'Format {format_!r} holds what quantizers learned, and the model has none. Export it as '
-        f'{", ".join(formats_for(model))}, or train it with quantizers.'
-      )
+  formats = _known(model, formats)
   lowered = {
     quantized: Lowered(model, quantized)
     for quantized in dict.fromkeys(_FORMATS[format_].quantized for format_ in formats)

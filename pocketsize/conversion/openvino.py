@@ -1,10 +1,16 @@
 """OpenVINO IR, an .xml and a .bin file, from ONNX."""
 
+import errno
+import os
 import pathlib
+import shutil
 import tempfile
 
 from pocketsize.conversion import onnx
 from pocketsize.conversion.errors import conversion_error, require
+
+# A file system with less room than this is full: no write of the saver fits.
+_BLOCK = 1 << 16
 
 
 def convert(lowered, path):
@@ -16,6 +22,7 @@ def convert(lowered, path):
 
   Raises:
     UserError: a package is missing, or a converter refuses an operation.
+    OSError: the files cannot be written.
   """
   openvino = require('openvino', 'to write OpenVINO files')
   with tempfile.TemporaryDirectory() as folder:
@@ -25,4 +32,10 @@ def convert(lowered, path):
       model = openvino.convert_model(str(source))
     except Exception as error:
       raise conversion_error('OpenVINO', error) from error
-  openvino.save_model(model, str(path), compress_to_fp16=False)
+  try:
+    openvino.save_model(model, str(path), compress_to_fp16=False)
+  except RuntimeError as error:
+    # Its message does not say why the stream broke.
+    full = shutil.disk_usage(pathlib.Path(path).parent).free < _BLOCK
+    code = errno.ENOSPC if full else errno.EIO
+    raise OSError(code, os.strerror(code), str(path)) from error

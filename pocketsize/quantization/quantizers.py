@@ -12,6 +12,8 @@ from pocketsize import ste
 from pocketsize.transform import Grid, Transform
 
 BITS = range(1, 17)
+# The least width of a range: where data are all zero there is a range nevertheless.
+LEAST_WIDTH = 1e-6
 # Up to this many bits a kernel's range is searched for the least squared error: with few levels,
 # cutting the tails costs less than a coarse step. Above it the range is the largest magnitude.
 SEARCH_BITS = 4
@@ -92,11 +94,23 @@ def nudged_range(low, high, bits):
 
 def quantize_affine(x, low, high, bits):
   """Returns x on 2^bits levels between nudged low and high; gradient 1 inside, 0 outside."""
+  if bits > 1 and tf.config.list_physical_devices('GPU'):
+    return _quantize_by_clipping(x, low, high, bits)
   if bits > 1:
     return tf.quantization.fake_quant_with_min_max_vars(x, low, high, num_bits=bits)
   step = tf.where(high >= -low, high, low)
   clipped = tf.clip_by_value(x, tf.minimum(step, 0.0), tf.maximum(step, 0.0))
   return ste.replace(clipped, tf.round(tf.math.divide_no_nan(clipped, step)) * step)
+
+
+def _quantize_by_clipping(x, low, high, bits):
+  """The same as TensorFlow's fake quantizer, whose gradient has no deterministic GPU kernel."""
+  levels = 2.0**bits - 1.0
+  scale = (high - low) / levels
+  zero_point = tf.clip_by_value(tf.floor(0.5 - low / scale), 0.0, levels)
+  clipped = tf.clip_by_value(x, -zero_point * scale, (levels - zero_point) * scale)
+  value = tf.quantization.fake_quant_with_min_max_vars(x, low, high, num_bits=bits)
+  return ste.replace(clipped, tf.stop_gradient(value))
 
 
 @keras.saving.register_keras_serializable(package='pocketsize')
@@ -215,11 +229,13 @@ class ActivationQuantizer(Transform):
     x = tf.stop_gradient(x)
     unseen = tf.equal(self.low.value, self.high.value)
     share = tf.where(unseen, 1.0, 1.0 - self.momentum)
-    high = self.high + share * (tf.maximum(tf.reduce_max(x), 0.0) - self.high)
+    least = 0.0 if self.nonnegative else tf.minimum(tf.reduce_min(x), 0.0)
+    most = tf.maximum(tf.maximum(tf.reduce_max(x), 0.0), least + LEAST_WIDTH)
+    high = self.high + share * (most - self.high)
     self.high.assign(high)
     if self.nonnegative:
       return self.low.value, high
-    low = self.low + share * (tf.minimum(tf.reduce_min(x), 0.0) - self.low)
+    low = self.low + share * (least - self.low)
     self.low.assign(low)
     return low, high
 

@@ -29,7 +29,9 @@ class UniformConfig:
     activation_bits: of the layer's inputs, 1 to 16; 32 leaves them float.
     granularity: weights share a scale by 'tensor', output 'channel' or 'bucket'.
     bucket_size: weights in a bucket.
-    end_bits: at least so many bits for the first and the last layer; 0 treats them like the others.
+    end_bits: the first and the last layer have at least so many bits for their weights and
+      activations, the model's input and output as well; 0 treats them like the others.
+    end_weight_bits: instead of `end_bits` for the weights; None: the same.
     scale_every: steps between two fits of the weights' scales.
     momentum: of the activations' running ranges, in [0, 1).
   """
@@ -39,6 +41,7 @@ class UniformConfig:
   granularity: str = 'channel'
   bucket_size: int = 256
   end_bits: int = END_BITS
+  end_weight_bits: int | None = None
   scale_every: int = 50
   momentum: float = 0.99
 
@@ -50,11 +53,13 @@ class UniformConfig:
           f'`{name}` must be from {BITS[0]} to {BITS[-1]}, or {FLOAT_BITS} for float. '
           f'Received: {bits}.'
         )
-    if self.end_bits not in (0, *BITS, FLOAT_BITS):
-      raise UserError(
-        f'`end_bits` must be 0 (treat them like the others), from {BITS[0]} to {BITS[-1]}, or '
-        f'{FLOAT_BITS} for float. Received: {self.end_bits}.'
-      )
+    for name in ('end_bits', 'end_weight_bits'):
+      bits = getattr(self, name)
+      if bits not in (0, *BITS, FLOAT_BITS) and not (name == 'end_weight_bits' and bits is None):
+        raise UserError(
+          f'`{name}` must be 0 (treat them like the others), from {BITS[0]} to {BITS[-1]}, or '
+          f'{FLOAT_BITS} for float. Received: {bits}.'
+        )
     if self.granularity not in GRANULARITIES:
       raise UserError(
         f'`granularity` must be one of {", ".join(GRANULARITIES)}. Received: {self.granularity!r}.'
@@ -145,7 +150,10 @@ def _with_ends(configs, paths):
   raised = {
     path: dataclasses.replace(
       config,
-      weight_bits=max(config.weight_bits, config.end_bits),
+      weight_bits=max(
+        config.weight_bits,
+        config.end_bits if config.end_weight_bits is None else config.end_weight_bits,
+      ),
       activation_bits=max(config.activation_bits, config.end_bits),
     )
     for path, config in ends.items()

@@ -152,7 +152,7 @@ class Magnitude(Compressor):
         transform.mask.assign(magnitude_mask(kernel, config.ratio_at(step)))
 
   def stage(self, step):
-    if any(step <= max(config.begin_step, config.end_step) for config in self._configs.values()):
+    if any(step < max(config.begin_step, config.end_step) for config in self._configs.values()):
       return Stage.PARTIAL
     return Stage.FULL
 

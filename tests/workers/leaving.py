@@ -36,7 +36,7 @@ def signalled(runtime, folder):
   stop = []
   signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
   pathlib.Path(folder, f'ready{runtime.rank}').write_text(str(os.getpid()))
-  while not runtime.any(bool(stop)):
+  while not runtime.any(bool(stop))[0]:
     time.sleep(0.05)
   time.sleep(6)
   if runtime.is_chief:

@@ -8,6 +8,7 @@ import pathlib
 from absl import flags
 
 from pocketsize import conversion
+from pocketsize.files import load_model
 from tools import command
 
 _MODEL = flags.DEFINE_string(
@@ -25,7 +26,7 @@ _NAME = flags.DEFINE_string(
 
 
 def main():
-  model = command.load_model(_MODEL.value)
+  model = load_model(_MODEL.value)
   name = _NAME.value or pathlib.Path(_MODEL.value).stem
   files = conversion.export(model, _OUTPUT.value, _FORMATS.value, name)
   rows = []

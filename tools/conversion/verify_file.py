@@ -11,6 +11,7 @@ from absl import flags
 
 from pocketsize import conversion
 from pocketsize.errors import UserError
+from pocketsize.files import load_model
 from tools import command
 
 _FILE = flags.DEFINE_list('file', None, 'exported files, comma-separated: .tflite, .onnx or .xml')
@@ -38,7 +39,13 @@ class _Accuracy:
 
 def main():
   x, y = _read(_DATA.value)
-  model = command.load_model(_REFERENCE.value)
+  model = load_model(_REFERENCE.value)
+  inputs = getattr(model, 'source', model).inputs
+  shape = tuple(inputs[0].shape) if len(inputs) == 1 else ()
+  if len(shape) != x.ndim or any(n not in (None, m) for n, m in zip(shape, x.shape, strict=True)):
+    raise UserError(
+      f'--data must hold an x of the shape that the model takes, {shape}. Received: {x.shape}.'
+    )
   starts = range(0, len(x), _BATCH.value)
   batches = [(x[start : start + _BATCH.value], y[start : start + _BATCH.value]) for start in starts]
   reference = np.concatenate([np.asarray(model(samples, training=False)) for samples, _ in batches])
