@@ -46,7 +46,10 @@ class Compressor(abc.ABC):
     """Takes hold of an `Instrumented` model that was made from `plan`, or loaded."""
 
   def update(self, step):  # noqa: B027
-    """Prepares transforms for optimizer step `step` (from 0). Pure in the step and the weights."""
+    """Prepares transforms for optimizer step `step` (from 0), or for use after so many steps.
+
+    Pure in the step and the weights: calling it twice changes nothing.
+    """
 
   def loss(self, x, y, outputs):
     """Returns a term to add to the training loss, for a batch."""
@@ -114,7 +117,7 @@ class Stack(Compressor):
 
 
 class CompressionCallback(keras.callbacks.Callback):
-  """Calls `stack.update(step)` before every optimizer step of `fit`.
+  """Calls `stack.update(step)` before every optimizer step of `fit` and after the last.
 
   Args:
     stack: a bound `Stack`.
