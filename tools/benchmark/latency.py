@@ -3,10 +3,11 @@
 python -m tools.benchmark.latency --files=model.tflite,model_int8.tflite
 """
 
+from tools import command  # isort: skip (first: it keeps TensorFlow's start quiet)
+
 from absl import flags
 
 from pocketsize import conversion
-from tools import command
 
 _FILES = flags.DEFINE_list(
   'files', None, 'exported files, comma-separated; ratios are to the first'

@@ -3,13 +3,14 @@
 python -m tools.conversion.export --model=quantized.keras --output_dir=exports
 """
 
+from tools import command  # isort: skip (first: it keeps TensorFlow's start quiet)
+
 import pathlib
 
 from absl import flags
 
 from pocketsize import conversion
 from pocketsize.files import load_model
-from tools import command
 
 _MODEL = flags.DEFINE_string(
   'model', None, 'saved Keras model: quantized.keras, final.keras or any other .keras file'

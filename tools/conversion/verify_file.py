@@ -4,6 +4,8 @@ python -m tools.conversion.verify_file --file=model_int8.tflite --reference_mode
   --data=test.npz
 """
 
+from tools import command  # isort: skip (first: it keeps TensorFlow's start quiet)
+
 import zipfile
 
 import numpy as np
@@ -12,7 +14,6 @@ from absl import flags
 from pocketsize import conversion
 from pocketsize.errors import UserError
 from pocketsize.files import load_model
-from tools import command
 
 _FILE = flags.DEFINE_list('file', None, 'exported files, comma-separated: .tflite, .onnx or .xml')
 _REFERENCE = flags.DEFINE_string(
