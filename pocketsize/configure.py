@@ -79,8 +79,7 @@ def compress(model, config_list, *, calibration=None):
   The instrumented model shares the weights of `model`. Train it with
   `fit(callbacks=[CompressionCallback(stack)])`, or in a loop of your own that calls
   `stack.update(step)` before every optimizer step and after the last, and adds
-  `stack.loss(x, y, outputs)` to its loss.
-  Then `strip` and `export`.
+  `stack.loss(x, y, outputs)` to its loss. Then `strip` and `export`.
 
   Args:
     model: a built Functional or Sequential Keras model, nested ones included.
