@@ -85,9 +85,10 @@ def test_int8_files_compute_what_keras_computes(name, tmp_path):
   expected, step = outputs(model), models.output_step(model)
   # All round biases to int32, so an output in a hundred of each layer is one step off, and steps
   # add up where branches meet. OpenVINO adds inside the convolution without rounding the summand
-  # first.
+  # first: up to 5 steps in the residual net, over five seeds.
   steps_off = 2 if name in ('residual', 'concatenation') else 1
   farthest = {'tflite_int8': steps_off, 'onnx_qdq': steps_off, 'openvino_int8': 2 * steps_off}
+  farthest['openvino_int8'] += 2 * (name == 'residual')
   for format_, file in files.items():
     steps = np.abs(run(file) - expected) / step
     assert steps.max() < farthest[format_] + 0.01
