@@ -92,7 +92,7 @@ def test_int8_files_compute_what_keras_computes(name, tmp_path):
   for format_, file in files.items():
     steps = np.abs(run(file) - expected) / step
     assert steps.max() < farthest[format_] + 0.01
-    assert (steps < 0.01).mean() > (0.25 if format_ == 'openvino_int8' else 0.6)
+    assert steps.mean() < (2.0 if (name, format_) == ('residual', 'openvino_int8') else 0.5)
     int8_ops, float_ops = conversion.count_ops(file.path)
     assert int8_ops >= 2
     assert float_ops == FLOAT_OPS.get((name, format_), 0)
