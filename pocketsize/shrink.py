@@ -1,0 +1,173 @@
+"""Dropping channels: `mask` makes them zero, `shrink` makes them go; both compute the same."""
+
+import keras
+import numpy as np
+
+from pocketsize.channel_graph import ChannelGraph
+from pocketsize.graph import Graph, functional
+
+
+def mask(model, keep, keep_shift=False):
+  """Returns a copy of `model` in which dropped channels are zero (see `channel_graph`).
+
+  Args:
+    model: a built Functional or Sequential model.
+    keep: {name of a group of its `ChannelGraph`: [channels] bool}; other groups stay whole.
+    keep_shift: whether normalizations keep their shift where readers can take it up.
+
+  Raises:
+    UserError: see `ChannelGraph` and its `dropped`.
+  """
+  return _masked(ChannelGraph(model, keep_shift), keep)
+
+
+def _masked(channels, keep):
+  model, is_dropped = channels.graph.model, channels.dropped(keep)
+  copy = keras.models.clone_model(model)
+  copy.set_weights(model.get_weights())
+  copies = dict(
+    zip(map(id, channels.graph.layers.values()), Graph(copy).layers.values(), strict=True)
+  )
+  for part in channels.slices:
+    if part.role not in ('out', 'shift'):
+      continue
+    gone = is_dropped(part.ids)
+    if part.role == 'shift':
+      gone &= channels.must_be_zero(part.ids)
+    if part.role == 'out' and part.weight == 'gamma':
+      gone &= channels.must_be_zero(part.ids)
+    weight = getattr(copies[id(part.layer)], part.weight)
+    weight.assign(np.where(_along(gone, part.axis), 0.0, weight))
+  return copy
+
+
+def _along(values, axis):
+  """Returns a vector shaped so that it lies along a negative `axis` of what it broadcasts to."""
+  return np.reshape(values, (-1,) + (1,) * (-1 - axis))
+
+
+def shrink(model, keep, keep_shift=False):
+  """Returns an ordinary smaller model with the outputs that `mask` has.
+
+  Its layers have the names of the model's; those of nested models, which are inlined, the names of
+  their models before them.
+
+  Args and errors: see `mask`.
+  """
+  channels = ChannelGraph(model, keep_shift)
+  is_dropped = channels.dropped(keep)
+
+  def kept(ids):
+    return int(np.sum(~is_dropped(ids)))
+
+  constants = _constants(channels, keep, is_dropped)
+  layers = {}
+  for path, layer in channels.graph.layers.items():
+    if id(layer) not in layers:
+      layers[id(layer)] = _smaller_layer(channels, layer, path, kept, layer in constants)
+  top = functional(model)
+  inputs = [
+    keras.Input(batch_shape=symbol.shape, dtype=symbol.dtype, name=symbol._keras_history[0].name)
+    for symbol in top.inputs
+  ]
+
+  def call(node, args, kwargs):
+    if node.is_input:
+      return args[0]
+    kwargs = {name: value for name, value in kwargs.items() if (name, value) != ('training', None)}
+    if id(node.operation) in layers:
+      return layers[id(node.operation)](*args, **kwargs)
+    changed = channels.changes.get(node, lambda kept: {})(kept)
+    return _smaller_operation(node, changed, args, kwargs)
+
+  outputs = channels.graph.run(inputs, call)
+  smaller = keras.Model(
+    keras.tree.pack_sequence_as(top._inputs_struct, inputs),
+    keras.tree.pack_sequence_as(top._outputs_struct, outputs),
+    name=model.name,
+  )
+  for layer in {id(layer): layer for layer in channels.graph.layers.values()}.values():
+    _set_weights(channels, layer, layers[id(layer)], is_dropped, constants.get(layer))
+  return smaller
+
+
+def _smaller_layer(channels, layer, path, kept, takes_constants):
+  config = layer.get_config()
+  config |= channels.changes.get(layer, lambda kept: {})(kept)
+  config['name'] = path.replace('/', '_')
+  if takes_constants:
+    config['use_bias'] = True
+  return type(layer).from_config(config)
+
+
+def _smaller_operation(node, changed, args, kwargs):
+  """Calls an operator with changed arguments."""
+  name = type(node.operation).__name__
+  if name == 'GetItem':
+    return args[0][_shifted(args[1], len(args[0].shape), changed)] if changed else args[0][args[1]]
+  config = {**node.operation.get_config(), **changed, 'name': node.path.replace('/', '_')}
+  return type(node.operation).from_config(config)(*args, **kwargs)
+
+
+def _shifted(key, rank, changed):
+  """Returns the key of `x[key]` with the slice along one axis changed."""
+  key = list(key if isinstance(key, tuple) else (key,))
+  if Ellipsis in key:
+    place = key.index(Ellipsis)
+    key[place : place + 1] = [slice(None)] * (rank - len(key) + 1)
+  taken = [index for index, part in enumerate(key) if part is not None]
+  key[taken[changed['axis']]] = slice(changed['start'], changed['stop'])
+  return tuple(key)
+
+
+def _set_weights(channels, layer, smaller, is_dropped, constants):
+  values = {id(weight): np.array(weight) for weight in layer.weights}
+  if constants is not None:
+    values['bias'] = constants + (0.0 if layer.bias is None else values[id(layer.bias)])
+  for part in channels.slices:
+    if part.layer is not layer:
+      continue
+    key = 'bias' if constants is not None and part.weight == 'bias' else None
+    key = key or id(getattr(layer, part.weight))
+    kept = np.flatnonzero(~is_dropped(part.ids))
+    values[key] = np.take(values[key], kept, axis=part.axis)
+  if constants is None:
+    smaller.set_weights([values[id(weight)] for weight in layer.weights])
+    return
+  if layer.bias is None:
+    made = next(s for s in channels.slices if s.layer is layer and s.role == 'out')
+    values['bias'] = values['bias'][~is_dropped(made.ids)]
+  smaller.kernel.assign(values[id(layer.kernel)])
+  smaller.bias.assign(values['bias'])
+
+
+def _constants(channels, keep, is_dropped):
+  """Returns {layer: [outputs] what its dropped inputs, constants, add to its outputs}."""
+  readers = {
+    layer: is_dropped(ids) for layer, ids in channels.folds.items() if is_dropped(ids).any()
+  }
+  if not readers:
+    return {}
+  found = {}
+  masked = Graph(_masked(channels, keep))
+  originals = dict(zip(masked.nodes, channels.graph.nodes, strict=True))
+
+  def call(node, args, kwargs):
+    layer = originals[node].operation
+    if layer in readers:
+      gone = readers[layer]
+      rows = np.reshape(keras.ops.convert_to_numpy(args[0]), (-1, len(gone)))[:, gone]
+      kernel = keras.ops.convert_to_numpy(node.operation.kernel)
+      kernel = kernel.reshape(-1, *kernel.shape[-2:]).sum(axis=0)[gone]
+      if rows[0].any():
+        found[layer] = rows[0] @ kernel
+    return args[0] if node.is_input else node.operation(*args, **kwargs)
+
+  masked.run([_probe(symbol) for symbol in functional(channels.graph.model).inputs], call, False)
+  return found
+
+
+def _probe(symbol):
+  """Returns an input to see constants with; any will do."""
+  shape = [1, *(size or 32 for size in symbol.shape[1:])]
+  return keras.ops.cast(keras.ops.ones(shape), symbol.dtype)
