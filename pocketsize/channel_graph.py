@@ -6,8 +6,8 @@ be kept or dropped together (the two summands of an addition, say) they are tied
 tied numbers are what can be pruned. `channel_rules` says what each type of layer does.
 
 What a dropped channel is: its maker's kernel and bias are zero, and so are the factor and shift of
-each normalization that it passes. With `keep_shift` normalizations keep their shift where the layers
-that read it can take up the constant exactly.
+each normalization that it passes. With `keep_shift` normalizations keep their shift where the
+layers that read it can take up the constant exactly.
 """
 
 import dataclasses

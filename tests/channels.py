@@ -1,4 +1,4 @@
-"""What the tests of channel topologies share: a model, some channels dropped, masked against shrunk."""
+"""What the tests of topologies share: channels dropped at random, masked against shrunk."""
 
 import keras
 import numpy as np

@@ -25,9 +25,7 @@ def model_of(*between, size=1, padding='same', use_bias=True):
 @pytest.mark.parametrize('size', [1, 3])
 def test_batch_normalization(scale, center, keep_shift, size):
   def built():
-    return model_of(
-      layers.BatchNormalization(scale=scale, center=center), layers.ReLU(), size=size
-    )
+    return model_of(layers.BatchNormalization(scale=scale, center=center), layers.ReLU(), size=size)
 
   channels.assert_shrinks(built(), keep_shift)
 
@@ -77,18 +75,14 @@ def test_a_folded_constant_by_hand():
   x = layers.ReLU()(layers.BatchNormalization(epsilon=0.0)(x))
   model = keras.Model(inputs, layers.Dense(1, name='reader')(x))
   zeros, ones = np.zeros(2), np.ones(2)
-  model.set_weights(
-    [np.float32(w) for w in ([[1, 7]], ones, [0, 3], zeros, ones, [[2], [5]], [1])]
-  )
+  model.set_weights([np.float32(w) for w in ([[1, 7]], ones, [0, 3], zeros, ones, [[2], [5]], [1])])
   smaller = shrink(model, {'made': [True, False]}, keep_shift=True)
   np.testing.assert_allclose(smaller.get_layer('reader').bias, [16.0])
   np.testing.assert_allclose(smaller(np.float32([[4]])), [[24.0]])
 
 
 def test_padding_puts_zeros_beside_constants():
-  model = model_of(
-    layers.BatchNormalization(), layers.ZeroPadding2D(), size=3, padding='valid'
-  )
+  model = model_of(layers.BatchNormalization(), layers.ZeroPadding2D(), size=3, padding='valid')
   channels.assert_shrinks(model, keep_shift=True)
   graph = ChannelGraph(model_of(layers.Activation('sigmoid'), layers.ZeroPadding2D(name='pad')))
   assert "'pad' (ZeroPadding2D) puts zeros around" in graph.frozen['made']

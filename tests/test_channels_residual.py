@@ -1,4 +1,4 @@
-"""Residual trunks: what an addition joins goes together, also through option A's padded shortcut."""
+"""Residual trunks: what is added goes together, also through option A's padded shortcut."""
 
 import channels
 import keras

@@ -1,0 +1,135 @@
+"""Element by element: activations, sums, products; and concatenation."""
+
+import keras
+import numpy as np
+
+from pocketsize.channel_rules.base import (
+  MIXES,
+  Dropped,
+  Frozen,
+  Labels,
+  need_zero,
+  rank_of,
+  rule,
+  through_activation,
+)
+
+
+@rule(
+  'Activation',
+  'ReLU',
+  'LeakyReLU',
+  'ELU',
+  'Rescaling',
+  'Identity',
+  'ActivityRegularization',
+  'Dropout',
+  'SpatialDropout1D',
+  'SpatialDropout2D',
+  'SpatialDropout3D',
+  'GaussianDropout',
+  'GaussianNoise',
+  'AlphaDropout',
+  'Relu',
+  'Relu6',
+  'Sigmoid',
+  'Silu',
+  'Tanh',
+  'Gelu',
+  'Elu',
+  'Selu',
+  'Celu',
+  'Softplus',
+  'Softsign',
+  'HardSigmoid',
+  'HardSilu',
+  'HardTanh',
+  'LeakyRelu',
+  'LogSigmoid',
+  'Mish',
+  'Clip',
+  'Abs',
+  'Absolute',
+  'Negative',
+  'Square',
+  'Sqrt',
+  'Exp',
+  'Cast',
+)
+def _elementwise(channels, node, inputs):
+  layer, labels = node.operation, inputs[0]
+  through_activation(layer, labels.dropped)
+  if type(layer).__name__ == 'Rescaling' and np.size(layer.scale) + np.size(layer.offset) > 2:
+    raise Frozen('has a constant for each channel')
+  zero = keras.ops.zeros([1] * rank_of(channels, node))
+  args, kwargs = node.arguments.fill_in({id(node.symbols[0]): zero})
+  stays_zero = not np.any(keras.ops.convert_to_numpy(node.operation(*args, **kwargs)))
+  return labels if stays_zero else labels._replace(dropped=Dropped.CONSTANT)
+
+
+@rule('Normalization')
+def _normalization(channels, node, inputs):
+  raise Frozen('has a constant for each channel')
+
+
+@rule('Softmax', 'LogSoftmax')
+def _softmax(channels, node, inputs):
+  if inputs[0].axis in np.atleast_1d(node.operation.axis) % rank_of(channels, node):
+    raise Frozen(MIXES)
+  return inputs[0]._replace(dropped=Dropped.CONSTANT)
+
+
+@rule('Add', 'Subtract', 'Multiply', 'Average', 'Maximum', 'Minimum', 'Divide', 'TrueDivide')
+def _joining(channels, node, inputs):
+  """Element by element, with broadcasting: what meets at a place goes together."""
+  name = type(node.operation).__name__
+  leaves = keras.tree.flatten((node.arguments.args, node.arguments.kwargs))
+  constants = [leaf for leaf in leaves if not isinstance(leaf, keras.KerasTensor)]
+  if any(np.size(leaf) > 1 for leaf in constants):
+    raise Frozen('has an array of constants')
+  rank = max(len(channels.graph.shape(number)) for number in node.inputs)
+  offsets = [rank - len(channels.graph.shape(number)) for number in node.inputs]
+  aligned = [
+    labels._replace(axis=labels.axis + offset)
+    for labels, offset in zip(inputs, offsets, strict=True)
+  ]
+  wide = [labels for labels in aligned if len(labels.ids) > 1] or aligned
+  axis, ids = wide[0].axis, wide[0].ids
+  if any(labels.axis != axis for labels in wide):
+    raise Frozen('joins channels along different axes')
+  for labels in wide[1:]:
+    channels.tie(ids, labels.ids)
+  narrow = [labels for labels in aligned if len(labels.ids) != len(ids)]
+  for labels in narrow:
+    channels.freeze(labels.ids, f'layer {node.path!r} joins it to many channels')
+  dropped = [labels.dropped for labels in wide]
+  if name == 'Multiply':
+    state = min(dropped)
+    if narrow:
+      need_zero(channels, wide[0]._replace(dropped=state), 'multiplies all channels alike')
+  elif name in ('TrueDivide', 'Divide'):
+    if len(node.inputs) > 1:
+      raise Frozen('divides channels by each other')
+    state = dropped[0]
+  else:
+    if narrow:
+      raise Frozen('adds the same to all channels')
+    state = max(dropped)
+    if any(isinstance(leaf, int | float) and leaf for leaf in constants):
+      state = Dropped.CONSTANT
+  return Labels(axis, ids, state)
+
+
+@rule('Concatenate')
+def _concatenate(channels, node, inputs):
+  axis = node.operation.axis % len(channels.graph.shape(node.outputs[0]))
+  if len({labels.axis for labels in inputs}) > 1:
+    raise Frozen('joins channels along different axes')
+  dropped = max(labels.dropped for labels in inputs)
+  if axis == inputs[0].axis:
+    return Labels(axis, np.concatenate([labels.ids for labels in inputs]), dropped)
+  for labels in inputs[1:]:
+    channels.tie(inputs[0].ids, labels.ids)
+    if dropped:
+      need_zero(channels, labels._replace(dropped=dropped), 'joins different constants')
+  return inputs[0]._replace(dropped=Dropped.ZERO)
