@@ -167,6 +167,15 @@ class ChannelGraph:
         raise UserError(f'`keep` must leave layer {path!r} at least one channel. Received: none.')
     return lambda ids: np.isin(self.roots(ids), gone)
 
+  def places(self, ids):
+    """Returns {group name: for each of `ids` its place in the group, or -1}."""
+    found = {}
+    for index, root in enumerate(self.roots(ids).tolist()):
+      name, place = self._places.get(root, (None, -1))
+      if name is not None:
+        found.setdefault(name, np.full(len(ids), -1))[index] = place
+    return found
+
   def must_be_zero(self, ids):
     """Returns for each channel whether it must be zero when it is dropped."""
     zeroed = self.roots(np.concatenate([np.zeros(0, int), *self._zeroed]))
@@ -184,7 +193,8 @@ class ChannelGraph:
     for path, ids in self._made.values():
       for position, root in enumerate(self.roots(ids).tolist()):
         makers.setdefault(root, {}).setdefault(path, []).append(position)
-    self.groups, self.frozen, self._roots, by_makers = [], {}, {}, {}
+    self.groups, self.frozen, by_makers = [], {}, {}
+    self._roots, self._places = {}, {}
     for root, positions in makers.items():
       if root in self._reasons:
         for path in positions:
@@ -199,3 +209,4 @@ class ChannelGraph:
       members = {path: np.array([makers[root][path] for root in roots]) for path, _ in key}
       self.groups.append(Group(name, len(roots), members))
       self._roots[name] = np.array(roots)
+      self._places |= {root: (name, place) for place, root in enumerate(roots)}

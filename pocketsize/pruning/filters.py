@@ -1,0 +1,189 @@
+"""Filter pruning: a score for each channel, and the choice of those that stay.
+
+Criteria are functions of a matrix with a row for each channel. A channel that several layers make
+has the sum of its scores in them (its cluster's, as in NNCF), each divided by the layer's mean so
+that wide kernels do not outweigh narrow ones.
+"""
+
+import math
+
+import numpy as np
+
+from pocketsize import cost, targets
+from pocketsize.errors import UserError
+
+# With a target of MACs, kept shares are searched to this step.
+_SHARES = 1000
+
+
+def l1(rows):
+  """Returns the sums of magnitudes (Li et al. 2017, arXiv:1608.08710).
+
+  Args:
+    rows: [channels, weights] array.
+  """
+  return np.abs(rows).sum(axis=1)
+
+
+def l2(rows):
+  """Returns the Euclidean norms of [channels, weights] rows."""
+  return np.sqrt(np.square(rows).sum(axis=1))
+
+
+def geometric_median(rows):
+  """Returns each row's summed distance to all rows: little where the others can stand for it.
+
+  He et al. 2019 (arXiv:1811.00250), equation 4.
+
+  Args:
+    rows: [channels, weights] array.
+  """
+  squares = np.square(rows).sum(axis=1)
+  distances = squares[:, None] + squares[None] - 2.0 * rows @ rows.T
+  return np.sqrt(np.maximum(distances, 0.0)).sum(axis=1)
+
+
+CRITERIA = {'l1': l1, 'l2': l2, 'geometric_median': geometric_median}
+
+
+def scores(channels, criterion='l2', seed=0):
+  """Returns {group name: [channels] scores}; the least goes first.
+
+  Args:
+    channels: a `ChannelGraph`.
+    criterion: 'l1', 'l2' or 'geometric_median' of the kernels that make a channel; 'bn_scale' for
+      the magnitude of the batch norms' factors (Liu et al. 2017, arXiv:1708.06519); or 'random'.
+    seed: of 'random'.
+
+  Raises:
+    UserError: an unknown criterion, or 'bn_scale' for channels that no batch norm scales.
+  """
+  if criterion == 'random':
+    rng = np.random.default_rng(seed)
+    return {group.name: rng.random(group.size) for group in channels.groups}
+  if criterion not in (*CRITERIA, 'bn_scale'):
+    raise UserError(
+      f'`criterion` must be one of {", ".join([*CRITERIA, "bn_scale", "random"])}. '
+      f'Received: {criterion!r}.'
+    )
+  totals = {group.name: np.zeros(group.size) for group in channels.groups}
+  scaled = set()
+  for part in channels.slices:
+    gamma = part.weight == 'gamma'
+    if part.role != 'out' or part.weight == 'bias' or gamma != (criterion == 'bn_scale'):
+      continue
+    weight = np.moveaxis(np.array(getattr(part.layer, part.weight)), part.axis, 0)
+    values = (l1 if gamma else CRITERIA[criterion])(weight.reshape(len(weight), -1))
+    values = values / max(values.mean(), np.finfo(np.float32).tiny)
+    for name, places in channels.places(part.ids).items():
+      known = places >= 0
+      np.add.at(totals[name], places[known], values[known])
+      scaled.add(name)
+  missing = [name for name in totals if name not in scaled]
+  if missing:
+    raise UserError(
+      f'Criterion {criterion!r} needs a batch norm behind every layer to prune. '
+      f'Received: none behind {", ".join(missing)}.'
+    )
+  return totals
+
+
+def choose(channels, scores, *, ratio=None, macs=None, scope='group', multiple=1, skip=()):
+  """Returns {group name: [channels] bool}, what `shrink` and `mask` take as `keep`.
+
+  Args:
+    channels: a `ChannelGraph`.
+    scores: {group name: [channels]}; of equal scores the first go first.
+    ratio: share of channels to drop, in [0, 1).
+    macs: instead of `ratio`, share of the model's multiply-accumulates to keep at most, in (0, 1].
+    scope: 'group' drops the same share of every group, 'network' the least of all channels.
+    multiple: every group keeps a multiple of it, rounded up; groups that are smaller stay whole.
+    skip: names of groups that stay whole.
+
+  Raises:
+    UserError: a value out of range, or `macs` below what is left of one `multiple` in each group.
+  """
+  if (ratio is None) == (macs is None):
+    raise UserError(f'Give either `ratio` or `macs`. Received: {ratio} and {macs}.')
+  if ratio is not None and not 0.0 <= ratio < 1.0:
+    raise UserError(f'`ratio` is the share to drop and must be in [0, 1). Received: {ratio}.')
+  if macs is not None and not 0.0 < macs <= 1.0:
+    raise UserError(f'`macs` is the share to keep and must be in (0, 1]. Received: {macs}.')
+  if scope not in ('group', 'network'):
+    raise UserError(f"`scope` must be 'group' or 'network'. Received: {scope!r}.")
+  if multiple < 1:
+    raise UserError(f'`multiple` must be at least 1. Received: {multiple}.')
+  unknown = set(skip) - set(scores)
+  if unknown:
+    raise UserError(
+      f'`skip` must name groups out of {", ".join(scores)}. Received: {sorted(unknown)[0]!r}.'
+    )
+  pruned = {name: values for name, values in scores.items() if name not in skip}
+  count = _counts(pruned, scope, multiple)
+  if ratio is not None:
+    return _kept(scores, count(ratio))
+  # The cost falls with the ratio, so the least ratio that meets the target is found by bisection.
+  low, high = 0, _SHARES
+  while low < high:
+    middle = (low + high) // 2
+    if remaining_macs(channels, _kept(scores, count(middle / _SHARES))) <= macs:
+      high = middle
+    else:
+      low = middle + 1
+  keep = _kept(scores, count(low / _SHARES))
+  least = remaining_macs(channels, keep)
+  if least > macs:
+    raise UserError(
+      f'`macs` cannot be met: with {multiple} channels in every group {least:.3f} are left. '
+      f'Received: {macs}.'
+    )
+  return keep
+
+
+def remaining_macs(channels, keep):
+  """Returns the share of the model's multiply-accumulates that `keep` leaves."""
+  is_dropped = channels.dropped(keep)
+  shares = {}
+  for part in channels.slices:
+    if part.role in ('in', 'out') and part.weight in targets.weight_points(part.layer):
+      key = id(part.layer), part.weight
+      shares[key] = shares.get(key, 1.0) * float(np.mean(~is_dropped(part.ids)))
+  total = left = 0.0
+  for node in channels.graph.nodes:
+    macs = cost.node_macs(channels.graph, node)
+    total += macs
+    points = targets.weight_points(node.operation)
+    sizes = {point: math.prod(getattr(node.operation, point).shape) for point in points}
+    for point, size in sizes.items():
+      share = shares.get((id(node.operation), point), 1.0)
+      left += macs * share * size / sum(sizes.values())
+  return left / total
+
+
+def _counts(scores, scope, multiple):
+  """Returns a function from the ratio to {group name: channels to keep}."""
+  everything = np.sort(np.concatenate([np.zeros(0), *scores.values()]))
+
+  def count(ratio):
+    if scope == 'group':
+      kept = {name: (1.0 - ratio) * len(values) for name, values in scores.items()}
+    else:
+      cut = round(ratio * len(everything))
+      threshold = everything[cut] if cut < len(everything) else np.inf
+      kept = {name: int((values >= threshold).sum()) for name, values in scores.items()}
+    return {
+      name: min(len(scores[name]), multiple * max(1, math.ceil(round(number / multiple, 6))))
+      for name, number in kept.items()
+    }
+
+  return count
+
+
+def _kept(scores, counts):
+  keep = {}
+  for name, values in scores.items():
+    keep[name] = np.ones(len(values), bool)
+    if name in counts:
+      order = np.argsort(values, kind='stable')
+      keep[name][order[: len(values) - counts[name]]] = False
+  return keep
