@@ -118,6 +118,10 @@ class ChannelGraph:
     for number in np.unique(ids):
       self._reasons.setdefault(self._root(number), reason)
 
+  def are_frozen(self, ids):
+    """Returns whether all of `ids` are frozen by now."""
+    return all(self._root(number) in self._reasons for number in ids)
+
   def zero(self, ids):
     """Says that dropped channels of `ids` must be zero, whatever `keep_shift` says."""
     self._zeroed.append(ids)

@@ -17,10 +17,14 @@ from pocketsize.shrink import mask, shrink
 def test_half_of_the_channels_goes(name):
   keras.utils.set_random_seed(0)
   build = getattr(keras.applications, name)
-  model = build(weights=None, input_shape=(72, 72, 3), classes=10)
+  model = build(weights=None, input_shape=(96, 96, 3), classes=10)
+  rng = np.random.default_rng(0)
+  for weight in model.weights:
+    if weight.name in ('beta', 'bias', 'moving_mean'):
+      weight.assign(rng.normal(size=weight.shape) * 0.3)
   graph = ChannelGraph(model)
   keep = channels.half(graph)
   smaller = shrink(model, keep)
-  x = np.random.default_rng(0).uniform(size=(1, 72, 72, 3)).astype('float32')
+  x = np.random.default_rng(0).uniform(size=(1, 96, 96, 3)).astype('float32')
   np.testing.assert_allclose(mask(model, keep)(x), smaller(x), rtol=1e-5, atol=1e-5)
-  assert cost.macs(Graph(smaller)) < 0.4 * cost.macs(Graph(model))
+  assert cost.macs(Graph(smaller)) < 0.36 * cost.macs(Graph(model))

@@ -92,7 +92,10 @@ def test_rescaling_and_input_normalization():
   inputs = keras.Input((6, 6, 3))
   x = layers.Rescaling(1 / 255)(inputs)
   x = layers.Normalization(mean=(0.4, 0.5, 0.6), variance=(1.0, 2.0, 3.0))(x)
-  x = layers.Rescaling(2.0)(layers.Conv2D(8, 3, activation='relu', name='made')(x))
+  # Shifted inputs cannot be dropped, so they hinder no padded convolution.
+  x = layers.Rescaling(2.0, offset=-1.0)(x)
+  x = layers.Conv2D(8, 3, padding='same', activation='relu', name='made')(x)
+  x = layers.Rescaling(2.0)(x)
   model = keras.Model(inputs, layers.Conv2D(2, 1)(x))
   assert channels.groups(model) == {'made': (8, ['made'])}
   channels.assert_shrinks(model)

@@ -104,7 +104,7 @@ def need_zero(channels, labels, what):
   """Makes dropped channels zero where their constant cannot be taken up exactly."""
   if labels.dropped == Dropped.SHIFT:
     channels.zero(labels.ids)
-  elif labels.dropped == Dropped.CONSTANT:
+  elif labels.dropped == Dropped.CONSTANT and not channels.are_frozen(labels.ids):
     raise Frozen(f'{what}, and a dropped channel is a constant there')
 
 

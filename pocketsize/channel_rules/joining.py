@@ -79,7 +79,18 @@ def _softmax(channels, node, inputs):
   return inputs[0]._replace(dropped=Dropped.CONSTANT)
 
 
-@rule('Add', 'Subtract', 'Multiply', 'Average', 'Maximum', 'Minimum', 'Divide', 'TrueDivide')
+# CustomScaleLayer is x + scale * y, of InceptionResNetV2.
+@rule(
+  'Add',
+  'Subtract',
+  'Multiply',
+  'Average',
+  'Maximum',
+  'Minimum',
+  'Divide',
+  'TrueDivide',
+  'CustomScaleLayer',
+)
 def _joining(channels, node, inputs):
   """Element by element, with broadcasting: what meets at a place goes together."""
   name = type(node.operation).__name__
