@@ -85,7 +85,10 @@ class Learner(abc.ABC):
   def _opened_folder(self):
     parts = (self.run, self.helper.config, self.config)
     everything = {name: value for part in parts for name, value in dataclasses.asdict(part).items()}
-    everything['workers'] = self.runtime.size
+    everything |= {
+      'net': f'{self.helper.name}_at_{self.helper.dataset_name}',
+      'workers': self.runtime.size,
+    }
     return WorkFolder(self.folder, everything, read_only=self.run.exec_mode == 'eval')
 
   def train(self):
@@ -102,7 +105,7 @@ class Learner(abc.ABC):
 
   def evaluate(self):
     """Measures again what the work folder holds and prints the table; changes no file."""
-    float_model = self._loaded(self.results.existing('float.keras'))
+    float_model = self._loaded(self._on_chief(lambda: self.results.existing('float.keras')))
     self._on_chief(lambda: self.results.show_again(float_model))
 
   def _on_chief(self, task):

@@ -107,6 +107,8 @@ def train(model, batches, loss, schedule, *, checkpoints, runtime, log_dir):
       shuffle=False,
       callbacks=[CompressionCallback(model.stack or Stack(), start), loop],
     )
+    # A signal that came while the last checkpoint was written.
+    loop.stop_if_asked()
 
 
 def _decayed(model):
@@ -167,9 +169,14 @@ class _Loop(keras.callbacks.Callback):
     if stop or self.step % self.schedule.save_step == 0 or self.step == self.schedule.steps:
       self._save()
     if stop:
-      raise Stopped(
-        self.runtime.broadcast(self.caught[0] if self.caught else signal.SIGTERM), self.step
-      )
+      self.stop_if_asked()
+
+  def stop_if_asked(self):
+    """Raises `Stopped` on every rank if a signal came on one."""
+    (stop,) = self.runtime.any(self.caught)
+    if stop:
+      number = self.runtime.broadcast(self.caught[0] if self.caught else signal.SIGTERM)
+      raise Stopped(number, self.step)
 
   def _summarize(self, loss):
     """Reports the mean loss since the last report, and starts a new mean."""

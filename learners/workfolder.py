@@ -18,12 +18,15 @@ FREE = frozenset(
 RESULTS = ('checkpoints', 'float.keras', 'final.keras', 'report.json')
 
 
+_SHOWN = {'workers': '-n', 'net': 'the net'}
+
+
 class WorkFolder:
   """A run's folder, locked for one run: a context manager that gives up the lock at its end.
 
   Args:
     path: made if it is missing.
-    config: {name: value} of the run: its flags, and 'workers'; compared with the folder's
+    config: {name: value} of the run: its flags, 'net' and 'workers'; compared with the folder's
       `config.json` once there are results.
     read_only: the folder must exist, and no file of it changes but the lock.
 
@@ -88,11 +91,11 @@ class WorkFolder:
       raise UserError(
         f'{self / "config.json"} is damaged: {error}. Give another --work_dir.'
       ) from error
+    # A flag that the folder does not know is newer than it.
     differing = [
-      f'{"-n" if name == "workers" else f"--{name}"} is {earlier.get(name)!r} there and '
-      f'{config.get(name)!r} here'
-      for name in sorted(set(earlier) | set(config))
-      if name not in free and earlier.get(name) != config.get(name)
+      f'{_SHOWN.get(name, f"--{name}")} is {earlier[name]!r} there and {config[name]!r} here'
+      for name in sorted(set(earlier) & set(config) - free)
+      if earlier[name] != config[name]
     ]
     if differing:
       raise UserError(

@@ -68,7 +68,8 @@ class ChannelGraph:
     slices: list of `Slice`.
     changes: {layer or node: function from `kept`, a function that counts the kept among channels,
       to the arguments that change}.
-    folds: {layer: channels that it reads and that may be constants when they are dropped}.
+    refused: nodes whose rule says that the channels around them must stay.
+    folds: {layer: channels that it reads and that are constants, not zero, when they are dropped}.
 
   Raises:
     UserError: a subclassed or unbuilt model.
@@ -79,15 +80,41 @@ class ChannelGraph:
     self.keep_shift = keep_shift
     self.slices, self.changes, self.folds = [], {}, {}
     self._parents, self._reasons, self._zeroed, self._made = [], {}, [], {}
+    self._reads = {}
+    self.refused = []
     self._labels = {}
     for node in self.graph.nodes:
       outputs = channel_rules.apply(self, node, [self._labels[number] for number in node.inputs])
       self._labels.update(zip(node.outputs, outputs, strict=True))
+    self._settle_constants()
     for number in self.graph.outputs:
       self.freeze(self._labels[number].ids, 'they are an output of the model')
     self._collect()
 
+  def _settle_constants(self):
+    """A layer's bias takes up the constants of its only call."""
+    for layer, reads in self._reads.items():
+      if len(reads) == 1 and reads[0].dropped != channel_rules.Dropped.ZERO:
+        self.folds[layer] = reads[0].ids
+      for labels in reads if len(reads) > 1 else ():
+        if labels.dropped == channel_rules.Dropped.SHIFT:
+          self.zero(labels.ids)
+        elif labels.dropped == channel_rules.Dropped.CONSTANT:
+          self.freeze(labels.ids, f'layer {layer.name!r} reads different constants')
+
   # What rules call.
+
+  def read(self, layer, labels):
+    """Says that `layer` reads `labels` and can take up constants exactly, in its bias."""
+    self._reads.setdefault(layer, []).append(labels)
+
+  def freeze_layer(self, layer, reason):
+    """Freezes all channels that a layer makes or reads at any of its calls."""
+    for part in self.slices:
+      if part.layer is layer:
+        self.freeze(part.ids, reason)
+    if id(layer) in self._made:
+      self.freeze(self._made[id(layer)][1], reason)
 
   def make(self, node, count):
     """Returns the `count` channels that a layer makes; the same at each of its calls."""
@@ -179,6 +206,11 @@ class ChannelGraph:
       if name is not None:
         found.setdefault(name, np.full(len(ids), -1))[index] = place
     return found
+
+  @property
+  def tensors(self):
+    """The channels of every tensor, none of which may lose all."""
+    return [labels.ids for labels in self._labels.values()]
 
   def must_be_zero(self, ids):
     """Returns for each channel whether it must be zero when it is dropped."""

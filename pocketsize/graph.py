@@ -65,6 +65,20 @@ def functional(model):
   )
 
 
+def copied(model):
+  """Returns a copy of a model: its structure, names, weights and frozen flags."""
+  copy = keras.models.clone_model(model)
+  originals = Graph(model).layers
+  # By path, since a layer that is shared among nested models has a copy in each of them.
+  for path, layer in Graph(copy).layers.items():
+    if layer.weights:
+      layer.set_weights(originals[path].get_weights())
+      if isinstance(layer, keras.layers.Normalization):
+        # It computes with constants made from its weights.
+        layer.finalize_state()
+  return copy
+
+
 def is_nested(operation):
   """Returns whether `operation` is a model whose graph can be seen."""
   return isinstance(operation, keras.Sequential) or (

@@ -5,7 +5,7 @@ import numpy as np
 
 from pocketsize import fused_bn
 from pocketsize.errors import UserError
-from pocketsize.graph import Graph, functional
+from pocketsize.graph import Graph, copied, functional
 from pocketsize.transform import Placement
 
 ACTIVATION_POINTS = ('input', 'preactivation', 'output')
@@ -213,8 +213,7 @@ def strip(model):
   Args:
     model: an `Instrumented` model. Its weights are copied, not shared.
   """
-  stripped = keras.models.clone_model(model.source)
-  stripped.set_weights(model.source.get_weights())
+  stripped = copied(model.source)
   layers = Graph(stripped).layers
   for path, point in dict.fromkeys(
     (placement.path, placement.point) for placement in model.placements

@@ -4,7 +4,8 @@ import keras
 import numpy as np
 
 from pocketsize.channel_graph import ChannelGraph
-from pocketsize.graph import Graph, functional
+from pocketsize.errors import UserError
+from pocketsize.graph import Graph, copied, functional
 
 
 def mask(model, keep, keep_shift=False):
@@ -22,12 +23,8 @@ def mask(model, keep, keep_shift=False):
 
 
 def _masked(channels, keep):
-  model, is_dropped = channels.graph.model, channels.dropped(keep)
-  copy = keras.models.clone_model(model)
-  copy.set_weights(model.get_weights())
-  copies = dict(
-    zip(map(id, channels.graph.layers.values()), Graph(copy).layers.values(), strict=True)
-  )
+  is_dropped, copy = channels.dropped(keep), copied(channels.graph.model)
+  copies = Graph(copy).layers
   for part in channels.slices:
     if part.role not in ('out', 'shift'):
       continue
@@ -36,8 +33,10 @@ def _masked(channels, keep):
       gone &= channels.must_be_zero(part.ids)
     if part.role == 'out' and part.weight == 'gamma':
       gone &= channels.must_be_zero(part.ids)
-    weight = getattr(copies[id(part.layer)], part.weight)
-    weight.assign(np.where(_along(gone, part.axis), 0.0, weight))
+    for path, layer in channels.graph.layers.items():
+      if layer is part.layer:
+        weight = getattr(copies[path], part.weight)
+        weight.assign(np.where(_along(gone, part.axis), 0.0, weight))
   return copy
 
 
@@ -61,10 +60,13 @@ def shrink(model, keep, keep_shift=False):
     return int(np.sum(~is_dropped(ids)))
 
   constants = _constants(channels, keep, is_dropped)
-  layers = {}
+  layers, names = {}, _Names()
   for path, layer in channels.graph.layers.items():
     if id(layer) not in layers:
-      layers[id(layer)] = _smaller_layer(channels, layer, path, kept, layer in constants)
+      changed = channels.changes.get(layer, lambda kept: {})(kept)
+      if layer in constants:
+        changed['use_bias'] = True
+      layers[id(layer)] = _changed(layer, changed, names.unused(path))
   top = functional(model)
   inputs = [
     keras.Input(batch_shape=symbol.shape, dtype=symbol.dtype, name=symbol._keras_history[0].name)
@@ -75,10 +77,13 @@ def shrink(model, keep, keep_shift=False):
     if node.is_input:
       return args[0]
     kwargs = {name: value for name, value in kwargs.items() if (name, value) != ('training', None)}
-    if id(node.operation) in layers:
-      return layers[id(node.operation)](*args, **kwargs)
     changed = channels.changes.get(node, lambda kept: {})(kept)
-    return _smaller_operation(node, changed, args, kwargs)
+    if type(node.operation).__name__ == 'GetItem':
+      return args[0][_shifted(args[1], len(args[0].shape), changed) if changed else args[1]]
+    if id(node.operation) in layers and not changed:
+      return layers[id(node.operation)](*args, **kwargs)
+    # Operators, and layers without weights that change in another way at each of their calls.
+    return _changed(node.operation, changed, names.unused(node.path))(*args, **kwargs)
 
   outputs = channels.graph.run(inputs, call)
   smaller = keras.Model(
@@ -91,30 +96,34 @@ def shrink(model, keep, keep_shift=False):
   return smaller
 
 
-def _smaller_layer(channels, layer, path, kept, takes_constants):
-  config = layer.get_config()
-  config |= channels.changes.get(layer, lambda kept: {})(kept)
-  config['name'] = path.replace('/', '_')
-  if takes_constants:
-    config['use_bias'] = True
-  return type(layer).from_config(config)
+class _Names:
+  """Names for the layers and operators of a model, each once."""
+
+  def __init__(self):
+    self._used = set()
+
+  def unused(self, path):
+    """Returns the name for what lies at `path`, with a number if it is taken."""
+    name = base = path.replace('/', '_')
+    number = 1
+    while name in self._used:
+      name, number = f'{base}_{number}', number + 1
+    self._used.add(name)
+    return name
 
 
-def _smaller_operation(node, changed, args, kwargs):
-  """Calls an operator with changed arguments."""
-  name = type(node.operation).__name__
-  if name == 'GetItem':
-    return args[0][_shifted(args[1], len(args[0].shape), changed)] if changed else args[0][args[1]]
-  config = {**node.operation.get_config(), **changed, 'name': node.path.replace('/', '_')}
-  return type(node.operation).from_config(config)(*args, **kwargs)
+def _changed(operation, changed, name):
+  """Returns a layer or operator like another with other arguments and name, and no weights yet."""
+  return type(operation).from_config({**operation.get_config(), **changed, 'name': name})
 
 
 def _shifted(key, rank, changed):
   """Returns the key of `x[key]` with the slice along one axis changed."""
   key = list(key if isinstance(key, tuple) else (key,))
-  if Ellipsis in key:
-    place = key.index(Ellipsis)
-    key[place : place + 1] = [slice(None)] * (rank - len(key) + 1)
+  places = [place for place, part in enumerate(key) if part is Ellipsis]
+  if places:
+    named = sum(part is not None and part is not Ellipsis for part in key)
+    key[places[0] : places[0] + 1] = [slice(None)] * (rank - named)
   taken = [index for index, part in enumerate(key) if part is not None]
   key[taken[changed['axis']]] = slice(changed['start'], changed['stop'])
   return tuple(key)
@@ -133,6 +142,8 @@ def _set_weights(channels, layer, smaller, is_dropped, constants):
     values[key] = np.take(values[key], kept, axis=part.axis)
   if constants is None:
     smaller.set_weights([values[id(weight)] for weight in layer.weights])
+    if isinstance(smaller, keras.layers.Normalization):
+      smaller.finalize_state()
     return
   if layer.bias is None:
     made = next(s for s in channels.slices if s.layer is layer and s.role == 'out')
@@ -148,7 +159,7 @@ def _constants(channels, keep, is_dropped):
   }
   if not readers:
     return {}
-  found = {}
+  found, top = {}, functional(channels.graph.model)
   masked = Graph(_masked(channels, keep))
   originals = dict(zip(masked.nodes, channels.graph.nodes, strict=True))
 
@@ -157,13 +168,18 @@ def _constants(channels, keep, is_dropped):
     if layer in readers:
       gone = readers[layer]
       rows = np.reshape(keras.ops.convert_to_numpy(args[0]), (-1, len(gone)))[:, gone]
+      if not len(rows) or not np.isfinite(rows[0]).all():
+        raise UserError(
+          f'What layer {node.path!r} reads of a dropped channel cannot be found out: give the '
+          f"model's inputs fixed sizes. Received: {[symbol.shape for symbol in top.inputs]}."
+        )
       kernel = keras.ops.convert_to_numpy(node.operation.kernel)
       kernel = kernel.reshape(-1, *kernel.shape[-2:]).sum(axis=0)[gone]
       if rows[0].any():
         found[layer] = rows[0] @ kernel
     return args[0] if node.is_input else node.operation(*args, **kwargs)
 
-  masked.run([_probe(symbol) for symbol in functional(channels.graph.model).inputs], call, False)
+  masked.run([_probe(symbol) for symbol in top.inputs], call, False)
   return found
 
 

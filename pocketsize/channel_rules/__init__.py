@@ -7,6 +7,6 @@ that touch the layer then stay as they are.
 """
 
 from pocketsize.channel_rules import joining, moving, weighted
-from pocketsize.channel_rules.base import apply
+from pocketsize.channel_rules.base import Dropped, apply
 
-__all__ = ['apply', 'joining', 'moving', 'weighted']
+__all__ = ['Dropped', 'apply', 'joining', 'moving', 'weighted']

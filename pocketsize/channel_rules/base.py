@@ -10,6 +10,7 @@ MIXES = 'reads all channels to compute one'
 OTHER_AXIS = 'reads channels along another axis than its own'
 # They read more than one channel to compute one.
 _MIXING_ACTIVATIONS = ('softmax', 'log_softmax', 'sparsemax', 'glu')
+_PLAIN_ACTIVATIONS = (keras.layers.ReLU, keras.layers.LeakyReLU, keras.layers.ELU)
 _RULES = {}
 
 
@@ -39,16 +40,17 @@ class Frozen(Exception):
   """A rule's word that the channels around a layer must stay; its text says why."""
 
 
-def rule(*names):
+def rule(*names, several=False):
   """Decorator: `rule(channels, node, inputs)` returns the `Labels` of the output of these types.
 
   Args:
     names: class names of layers and of operators; one of each may share a name.
+    several: whether it reads several tensors.
   """
 
   def add(function):
     for name in names:
-      if _RULES.setdefault(name, function) is not function:
+      if _RULES.setdefault(name, (function, several))[0] is not function:
         raise ValueError(f'There are two rules for {name}.')
     return function
 
@@ -70,9 +72,16 @@ def apply(channels, node, inputs):
   try:
     if name not in _RULES:
       raise Frozen('has no rule for channels')
-    return [_RULES[name](channels, node, inputs)]
+    if any(node.operation is other.operation for other in channels.refused):
+      raise Frozen('cannot change at another of its calls')
+    function, several = _RULES[name]
+    if len(inputs) > 1 and not several:
+      raise Frozen('reads a second tensor, such as a mask')
+    return [function(channels, node, inputs)]
   except Frozen as error:
     reason = f'layer {node.path!r} ({name}) {error}'
+    channels.refused.append(node)
+    channels.freeze_layer(node.operation, reason)
     for labels in inputs:
       channels.freeze(labels.ids, reason)
     return [_fixed(channels, shape, reason) for shape in shapes]
@@ -130,6 +139,7 @@ def through_activation(layer, dropped):
   name = getattr(activation, '__name__', '')
   if name in _MIXING_ACTIVATIONS or isinstance(activation, keras.layers.Softmax):
     raise Frozen(MIXES)
-  if getattr(activation, 'weights', None):
-    raise Frozen('has an activation with weights of its own')
-  return dropped if float(activation(keras.ops.zeros((1, 1)))[0, 0]) == 0.0 else Dropped.CONSTANT
+  if isinstance(activation, keras.Layer) and not isinstance(activation, _PLAIN_ACTIVATIONS):
+    raise Frozen('has a layer as activation')
+  zero = float(activation(keras.ops.zeros((1, 1)))[0, 0])
+  return dropped if zero == 0.0 else Dropped.CONSTANT

@@ -61,10 +61,20 @@ def _elementwise(channels, node, inputs):
   through_activation(layer, labels.dropped)
   if type(layer).__name__ == 'Rescaling' and np.size(layer.scale) + np.size(layer.offset) > 2:
     raise Frozen('has a constant for each channel')
+  if _has_arrays(node):
+    raise Frozen('has an array of constants')
   zero = keras.ops.zeros([1] * rank_of(channels, node))
   args, kwargs = node.arguments.fill_in({id(node.symbols[0]): zero})
-  stays_zero = not np.any(keras.ops.convert_to_numpy(node.operation(*args, **kwargs)))
-  return labels if stays_zero else labels._replace(dropped=Dropped.CONSTANT)
+  try:
+    value = keras.ops.convert_to_numpy(node.operation(*args, **kwargs))
+  except ValueError as error:
+    # An operator's own array, such as the bounds of a clip, does not fit one value.
+    raise Frozen('has an array of constants') from error
+  if np.shape(value) != np.shape(zero):
+    raise Frozen('has an array of constants')
+  if not np.isfinite(value).all():
+    raise Frozen('is not finite at zero')
+  return labels if not value.any() else labels._replace(dropped=Dropped.CONSTANT)
 
 
 @rule('Normalization')
@@ -76,6 +86,9 @@ def _normalization(channels, node, inputs):
 def _softmax(channels, node, inputs):
   if inputs[0].axis in np.atleast_1d(node.operation.axis) % rank_of(channels, node):
     raise Frozen(MIXES)
+  shape = channels.graph.shape(node.inputs[0])
+  if any(shape[axis] is None for axis in np.atleast_1d(node.operation.axis) % len(shape)):
+    raise Frozen('has an unknown number of summands')
   return inputs[0]._replace(dropped=Dropped.CONSTANT)
 
 
@@ -90,13 +103,14 @@ def _softmax(channels, node, inputs):
   'Divide',
   'TrueDivide',
   'CustomScaleLayer',
+  several=True,
 )
 def _joining(channels, node, inputs):
   """Element by element, with broadcasting: what meets at a place goes together."""
   name = type(node.operation).__name__
-  leaves = keras.tree.flatten((node.arguments.args, node.arguments.kwargs))
-  constants = [leaf for leaf in leaves if not isinstance(leaf, keras.KerasTensor)]
-  if any(np.size(leaf) > 1 for leaf in constants):
+  if name == 'Average' and not isinstance(node.operation, keras.Layer):
+    raise Frozen('has no rule for channels')
+  if _has_arrays(node):
     raise Frozen('has an array of constants')
   rank = max(len(channels.graph.shape(number)) for number in node.inputs)
   offsets = [rank - len(channels.graph.shape(number)) for number in node.inputs]
@@ -119,19 +133,28 @@ def _joining(channels, node, inputs):
     if narrow:
       need_zero(channels, wide[0]._replace(dropped=state), 'multiplies all channels alike')
   elif name in ('TrueDivide', 'Divide'):
-    if len(node.inputs) > 1:
-      raise Frozen('divides channels by each other')
+    if len(node.inputs) > 1 or not isinstance(node.arguments.args[0], keras.KerasTensor):
+      raise Frozen('divides by channels')
     state = dropped[0]
   else:
     if narrow:
       raise Frozen('adds the same to all channels')
     state = max(dropped)
-    if any(isinstance(leaf, int | float) and leaf for leaf in constants):
+    if any(np.any(keras.ops.convert_to_numpy(value)) for value in _constants(node)):
       state = Dropped.CONSTANT
   return Labels(axis, ids, state)
 
 
-@rule('Concatenate')
+def _constants(node):
+  leaves = keras.tree.flatten((node.arguments.args, node.arguments.kwargs))
+  return [leaf for leaf in leaves if not isinstance(leaf, keras.KerasTensor | None)]
+
+
+def _has_arrays(node):
+  return any(np.size(value) > 1 for value in _constants(node))
+
+
+@rule('Concatenate', several=True)
 def _concatenate(channels, node, inputs):
   axis = node.operation.axis % len(channels.graph.shape(node.outputs[0]))
   if len({labels.axis for labels in inputs}) > 1:

@@ -51,6 +51,9 @@ def _reduction(channels, node, inputs):
   axes = range(rank) if axes is None else np.atleast_1d(axes) % rank
   if labels.axis in axes:
     raise Frozen(MIXES)
+  shape = channels.graph.shape(node.inputs[0])
+  if type(node.operation).__name__ == 'Sum' and any(shape[axis] is None for axis in axes):
+    need_zero(channels, labels, 'has an unknown number of summands')
   gone = 0 if node.operation.keepdims else sum(axis < labels.axis for axis in axes)
   return labels._replace(axis=labels.axis - gone)
 
@@ -66,13 +69,13 @@ def _borders(layer, attribute, rank):
   return np.reshape(getattr(layer, attribute), (-1, 2)).tolist(), first
 
 
-def _change_borders(channels, layer, attribute, pairs, place, counts):
+def _change_borders(channels, node, attribute, pairs, place, counts):
   def arguments(kept):
     changed = [tuple(pair) for pair in pairs]
     changed[place] = counts(kept)
     return {attribute: tuple(changed) if len(changed) > 1 else changed[0]}
 
-  channels.changes[layer] = arguments
+  channels.changes[node] = arguments
 
 
 @rule('Cropping1D', 'Cropping2D', 'Cropping3D')
@@ -87,7 +90,7 @@ def _cropping(channels, node, inputs):
   head, tail = labels.ids[:before], labels.ids[stop:]
   _change_borders(
     channels,
-    layer,
+    node,
     'cropping',
     pairs,
     labels.axis - first,
@@ -109,7 +112,7 @@ def _padding(channels, node, inputs):
   if not inner:
     return labels
   head, tail = channels.new(pairs[place][0]), channels.new(pairs[place][1])
-  _change_borders(channels, layer, 'padding', pairs, place, lambda kept: (kept(head), kept(tail)))
+  _change_borders(channels, node, 'padding', pairs, place, lambda kept: (kept(head), kept(tail)))
   return labels._replace(ids=np.concatenate([head, labels.ids, tail]))
 
 
@@ -148,7 +151,8 @@ def _reshaping(channels, node, inputs):
   moved = keras.ops.convert_to_numpy(node.operation(*args, **kwargs)).astype(int)
   for axis in range(1, moved.ndim):
     rows = np.moveaxis(moved, axis, -1).reshape(-1, moved.shape[axis])
-    if (rows == rows[0]).all() and (len(rows[0]) > 1 or len(labels.ids) == 1):
+    varies = len(set(rows[0])) > 1 or (len(labels.ids) == 1 and len(rows[0]) == 1)
+    if (rows == rows[0]).all() and varies:
       _change_reshaping(channels, node, labels, axis, rows[0])
       return labels._replace(axis=axis, ids=labels.ids[rows[0]])
   raise Frozen('mixes channels with other axes')
@@ -157,7 +161,7 @@ def _reshaping(channels, node, inputs):
 def _change_reshaping(channels, node, labels, axis, places):
   operation, ids = node.operation, labels.ids[places]
   if isinstance(operation, keras.layers.Reshape) and operation.target_shape[axis - 1] != -1:
-    channels.changes[operation] = lambda kept: {
+    channels.changes[node] = lambda kept: {
       'target_shape': _replaced(operation.target_shape, axis - 1, kept(ids))
     }
   elif type(operation).__name__ == 'Reshape' and operation.newshape[axis] != -1:

@@ -22,7 +22,7 @@ def _convolution(channels, node, inputs):
   transposed, groups = 'Transpose' in type(layer).__name__, getattr(layer, 'groups', 1)
   whole = not transposed and groups == 1
   if whole and (layer.padding == 'valid' or max(layer.kernel_size) == 1):
-    channels.folds[layer] = labels.ids
+    channels.read(layer, labels)
   else:
     need_zero(channels, labels, 'reads beyond the border')
   out, dropped = made_by(channels, node, layer.filters)
@@ -66,7 +66,7 @@ def _dense(channels, node, inputs):
   layer, labels = node.operation, inputs[0]
   if labels.axis != rank_of(channels, node) - 1:
     raise Frozen(OTHER_AXIS)
-  channels.folds[layer] = labels.ids
+  channels.read(layer, labels)
   out, dropped = made_by(channels, node, layer.units)
   channels.slice(layer, 'kernel', -2, labels.ids, 'in')
   channels.slice(layer, 'kernel', -1, out, 'out')
@@ -80,6 +80,8 @@ def _batch_norm(channels, node, inputs):
   layer, labels = node.operation, inputs[0]
   if layer.axis % rank_of(channels, node) != labels.axis:
     raise Frozen('normalizes along another axis than that of the channels')
+  if layer.gamma is None:
+    need_zero(channels, labels, 'has no factor')
   channels.slice(layer, 'gamma', -1, labels.ids, 'out')
   # Without a factor the mean must go, so that (0 - mean) / deviation is zero.
   for weight in ('beta', 'moving_mean'):
@@ -95,6 +97,9 @@ def _layer_norm(channels, node, inputs):
     raise Frozen('takes mean and variance over the channels')
   if layer.center:
     raise Frozen('adds a shift that is not one for each channel')
+  # Less its mean a constant is zero; the root mean square takes none off.
+  if getattr(layer, 'rms_scaling', False):
+    need_zero(channels, labels, 'takes no mean off')
   return labels._replace(dropped=Dropped.ZERO)
 
 
@@ -103,6 +108,8 @@ def _group_norm(channels, node, inputs):
   layer, labels = node.operation, inputs[0]
   if layer.axis % rank_of(channels, node) != labels.axis:
     raise Frozen('normalizes along another axis than that of the channels')
+  if layer.gamma is None:
+    need_zero(channels, labels, 'has no factor')
   # A group has a mean and a variance of its own, so whole groups can go.
   columns = np.reshape(labels.ids, (layer.groups if layer.groups > 0 else len(labels.ids), -1)).T
   for column in columns[1:]:
@@ -119,6 +126,7 @@ def _prelu(channels, node, inputs):
   if layer.alpha.shape[labels.axis - 1] == len(labels.ids):
     axis = labels.axis - rank_of(channels, node)
     channels.slice(layer, 'alpha', axis, labels.ids, 'other')
-  if labels.dropped and any(size > 1 for size in layer.alpha.shape[:-1]):
+  others = [size for axis, size in enumerate(layer.alpha.shape) if axis != labels.axis - 1]
+  if labels.dropped and any(size > 1 for size in others):
     need_zero(channels, labels, 'has a factor for each position')
   return labels

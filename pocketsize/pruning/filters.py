@@ -51,7 +51,8 @@ def scores(channels, criterion='l2', seed=0):
 
   Args:
     channels: a `ChannelGraph`.
-    criterion: 'l1', 'l2' or 'geometric_median' of the kernels that make a channel; 'bn_scale' for
+    criterion: 'l1', 'l2' or 'geometric_median' of the kernels that make a channel, or scale it as
+      depthwise ones do; 'bn_scale' for
       the magnitude of the batch norms' factors (Liu et al. 2017, arXiv:1708.06519); or 'random'.
     seed: of 'random'.
 
@@ -120,17 +121,21 @@ def choose(channels, scores, *, ratio=None, macs=None, scope='group', multiple=1
     )
   pruned = {name: values for name, values in scores.items() if name not in skip}
   count = _counts(pruned, scope, multiple)
+
+  def keep_at(ratio):
+    return _without_empty_tensors(channels, scores, _kept(scores, count(ratio)))
+
   if ratio is not None:
-    return _kept(scores, count(ratio))
+    return keep_at(ratio)
   # The cost falls with the ratio, so the least ratio that meets the target is found by bisection.
   low, high = 0, _SHARES
   while low < high:
     middle = (low + high) // 2
-    if remaining_macs(channels, _kept(scores, count(middle / _SHARES))) <= macs:
+    if remaining_macs(channels, keep_at(middle / _SHARES)) <= macs:
       high = middle
     else:
       low = middle + 1
-  keep = _kept(scores, count(low / _SHARES))
+  keep = keep_at(low / _SHARES)
   least = remaining_macs(channels, keep)
   if least > macs:
     raise UserError(
@@ -186,4 +191,19 @@ def _kept(scores, counts):
     if name in counts:
       order = np.argsort(values, kind='stable')
       keep[name][order[: len(values) - counts[name]]] = False
+  return keep
+
+
+def _without_empty_tensors(channels, scores, keep):
+  """Returns `keep` with the best channel of each tensor, such as a slice, that would lose all."""
+  for ids in channels.tensors:
+    places = channels.places(ids)
+    present = sum((found >= 0).sum() for found in places.values())
+    left = sum(keep[name][found[found >= 0]].sum() for name, found in places.items())
+    if present == len(ids) and not left:
+      best = max(
+        ((scores[name][place], name, place) for name, found in places.items() for place in found),
+        key=lambda entry: entry[0] if entry[2] >= 0 else -math.inf,
+      )
+      keep[best[1]][best[2]] = True
   return keep
