@@ -5,6 +5,7 @@ import sys
 import time
 
 from rich import progress
+from rich.table import Column
 
 
 class ProgressReport:
@@ -28,11 +29,16 @@ class ProgressReport:
     self._began = time.monotonic()
     if not self.quiet and sys.stdout.isatty():
       self._bar = progress.Progress(
-        progress.TextColumn('{task.description}'),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TimeRemainingColumn(),
-        progress.TextColumn('{task.fields[facts]}'),
+        progress.TextColumn('{task.description}', table_column=Column(no_wrap=True)),
+        progress.BarColumn(bar_width=20),
+        progress.MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        progress.TimeRemainingColumn(table_column=Column(no_wrap=True)),
+        # The facts have what is left of the line.
+        progress.TextColumn(
+          '{task.fields[facts]}',
+          table_column=Column(no_wrap=True, overflow='ellipsis', ratio=1),
+        ),
+        expand=True,
       )
       self._task = self._bar.add_task(self.title, total=self.total, completed=self.start, facts='')
       self._bar.start()
