@@ -1,5 +1,10 @@
 """Exported files, run in their runtimes, against Keras."""
 
+import os
+import pathlib
+import subprocess
+import sys
+
 import conversion_models as models
 import keras
 import numpy as np
@@ -15,6 +20,7 @@ from pocketsize.graph import Graph
 from pocketsize.instrument import instrument, strip
 from pocketsize.transform import Placement, Transform
 
+ROOT = pathlib.Path(__file__).parent.parent
 X = models.samples()
 INT8 = ('tflite_int8', 'onnx_qdq', 'openvino_int8')
 FLOAT = ('tflite', 'onnx', 'openvino')
@@ -26,7 +32,6 @@ def _seed():
 
 
 def build(name, **kwargs):
-  keras.utils.set_random_seed(0)
   return models.quantized(models.randomized(models.BUILDERS[name]()), **kwargs)
 
 
@@ -107,6 +112,28 @@ def test_layers_with_activations_of_their_own_run_in_int8(tmp_path):
     int8_ops, float_ops = conversion.count_ops(file.path)
     assert int8_ops >= 3
     assert float_ops == {'tflite_int8': 0, 'onnx_qdq': 3, 'openvino_int8': 1}[format_]
+
+
+@pytest.mark.slow
+def test_the_same_model_gives_the_same_files(tmp_path):
+  """Whatever the process did before, and however Python orders its sets."""
+  build('residual').save(tmp_path / 'model.keras')
+  program = (
+    'import sys, pocketsize\n'
+    'from pocketsize.files import load_model\n'
+    'for folder in sys.argv[2:]: pocketsize.export(load_model(sys.argv[1]), folder)'
+  )
+  folders = [tmp_path / name for name in 'abc']
+  for seed, made in (('1', folders[:2]), ('2', folders[2:])):
+    subprocess.run(
+      [sys.executable, '-c', program, tmp_path / 'model.keras', *made],
+      env={**os.environ, 'PYTHONHASHSEED': seed, 'PYTHONPATH': str(ROOT)},
+      check=True,
+      capture_output=True,
+    )
+  for path in folders[0].iterdir():
+    for other in folders[1:]:
+      assert path.read_bytes() == (other / path.name).read_bytes(), path.name
 
 
 @pytest.mark.parametrize('name', models.BUILDERS)

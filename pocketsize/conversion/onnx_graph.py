@@ -1,9 +1,13 @@
 """An ONNX graph with the few edits that exporting needs."""
 
+import re
+
 import numpy as np
 
 from pocketsize.conversion.kernels import channel_axis, layout
 
+# What tf2onnx appends to a name to make it the only one.
+_COUNT = re.compile(r'__\d+')
 # They move values: with a pair behind them, a runtime moves 8-bit codes.
 _MOVING = frozenset(
   {
@@ -197,7 +201,41 @@ class OnnxGraph:
     )
 
   def tidy(self):
-    """Removes constants that nobody reads."""
+    """Removes constants that nobody reads, and names the rest so that the same model gives the same
+    file.
+
+    tf2onnx numbers what it makes through the whole life of the process, and calls equal constants
+    by the name of any of them.
+    """
+    self._remove_unread()
+    self._graph.ClearField('doc_string')  # It has the number of a TensorFlow function.
+    if any(attribute.HasField('g') for node in self._graph.node for attribute in node.attribute):
+      return  # The inner graphs of loops read these names.
+    ends = {end.name for end in (*self._graph.input, *self._graph.output)}
+    constants = {constant.name: constant for constant in self._graph.initializer}
+    names = {}
+    for node in self._graph.node:
+      for name in (*node.input, *node.output):
+        if name in ends:
+          names[name] = name
+        elif name not in names:
+          plain, counted = _COUNT.subn('', name)
+          plain = 'constant' if counted and name in constants else plain
+          names[name] = f'{plain}__{len(names)}' if counted else name
+    for index, node in enumerate(self._graph.node):
+      node.input[:] = [names[name] for name in node.input]
+      node.output[:] = [names[name] for name in node.output]
+      plain, counted = _COUNT.subn('', node.name)
+      node.name = f'{plain}__{index}' if counted else node.name
+    ordered = [constants[name] for name in names if name in constants]
+    for constant in ordered:
+      constant.name = names[constant.name]
+    ordered = [constant.SerializeToString() for constant in ordered]
+    del self._graph.initializer[:]
+    for content in ordered:
+      self._graph.initializer.add().ParseFromString(content)
+
+  def _remove_unread(self):
     read = {name for node in self._graph.node for name in node.input}
     for constant in [constant for constant in self._graph.initializer if constant.name not in read]:
       self._graph.initializer.remove(constant)

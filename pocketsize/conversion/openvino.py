@@ -3,6 +3,7 @@
 import errno
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 
@@ -32,6 +33,10 @@ def convert(lowered, path):
       model = openvino.convert_model(str(source))
     except Exception as error:
       raise conversion_error('OpenVINO', error) from error
+  # What has no name of its own is numbered through the whole life of the process.
+  for index, operation in enumerate(model.get_ordered_ops()):
+    if re.fullmatch(r'[A-Z]\w*_\d+', operation.get_friendly_name()):
+      operation.set_friendly_name(f'{operation.get_type_name()}_{index}')
   try:
     openvino.save_model(model, str(path), compress_to_fp16=False)
   except RuntimeError as error:
