@@ -8,7 +8,7 @@ import pathlib
 import time
 
 from learners.checkpoint import Checkpoints
-from learners.results import Results, save_keras
+from learners.results import Results
 from learners.training import Schedule, train
 from learners.workfolder import WorkFolder
 from pocketsize import calibration, configure, conversion, report, schedules
@@ -18,6 +18,7 @@ from pocketsize.errors import UserError
 from pocketsize.files import write_json
 from pocketsize.graph import Graph
 from pocketsize.instrument import instrument
+from pocketsize.saving import save_model
 
 CALIBRATION_BATCHES = 8
 
@@ -137,7 +138,7 @@ class Learner(abc.ABC):
     if not source:
       self._train_float(model)
     if source != kept:
-      self._on_chief(lambda: save_keras(model, kept))
+      self._on_chief(lambda: save_model(model, kept))
     return model
 
   def _loaded(self, path):

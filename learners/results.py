@@ -10,8 +10,9 @@ import tensorflow as tf
 from learners.progress import ProgressReport
 from pocketsize import conversion, report
 from pocketsize.errors import UserError
-from pocketsize.files import atomic_path, load_model, write_json
+from pocketsize.files import write_json
 from pocketsize.instrument import Instrumented, instrument, strip
+from pocketsize.saving import load_model, save_model
 
 
 class Results:
@@ -43,9 +44,9 @@ class Results:
 
   def save(self, model):
     """Writes final.keras and, if `model` (`Instrumented`) has quantizers, quantized.keras."""
-    save_keras(strip(model), self.folder / 'final.keras')
+    save_model(strip(model), self.folder / 'final.keras')
     if conversion.is_quantized(model):
-      save_keras(model, self.folder / 'quantized.keras')
+      save_model(model, self.folder / 'quantized.keras')
 
   def write_report(self, float_model, model, seconds, began, command):
     """Exports `model`, runs the files, writes report.json and prints its table.
@@ -156,9 +157,3 @@ class Results:
       kept.append(predict(x).numpy())
       evaluator.update(y, kept[-1])
     return evaluator.result(), np.concatenate(kept)
-
-
-def save_keras(model, path):
-  """Writes a Keras model, whole or not at all."""
-  with atomic_path(path) as temporary:
-    model.save(temporary)

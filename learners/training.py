@@ -31,8 +31,7 @@ class Stopped(Exception):
   def __init__(self, signal_number, step):
     super().__init__(
       f'stopped by {signal.Signals(signal_number).name} after step {step}; the state is saved, '
-      'and the '
-      'same command goes on from there'
+      'and the same command goes on from there'
     )
     self.signal_number = signal_number
     self.step = step

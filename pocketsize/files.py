@@ -7,10 +7,6 @@ import pathlib
 import re
 import secrets
 
-import keras
-
-from pocketsize.errors import UserError
-
 # What `atomic_path` names its temporary files: hidden, with eight random digits.
 _TEMPORARY = re.compile(r'\..+\.[0-9a-f]{8}\.\w+')
 
@@ -40,20 +36,6 @@ def remove_temporary(folder):
   for path in pathlib.Path(folder).rglob('.*.*'):
     if path.is_file() and _TEMPORARY.fullmatch(path.name):
       path.unlink(missing_ok=True)
-
-
-def load_model(path):
-  """Returns the Keras model saved at `path`, with or without quantizers.
-
-  Raises:
-    UserError: there is none, or it is damaged.
-  """
-  try:
-    return keras.models.load_model(path, compile=False)
-  # A damaged archive fails in any way that its parts can: BadZipFile, KeyError, HDF5's errors ...
-  except Exception as error:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    raise UserError(f'Model {str(path)!r} cannot be loaded: {lines[0][:300]}') from error
 
 
 def write_json(path, value):

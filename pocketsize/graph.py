@@ -11,6 +11,19 @@ from keras.src.models.functional import Functional
 
 from pocketsize.errors import UserError
 
+# Class names of layers that hand on what they read when a model is not trained.
+IDENTITIES = (
+  'Identity',
+  'Dropout',
+  'SpatialDropout1D',
+  'SpatialDropout2D',
+  'SpatialDropout3D',
+  'GaussianDropout',
+  'GaussianNoise',
+  'AlphaDropout',
+  'ActivityRegularization',
+)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Node:

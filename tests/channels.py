@@ -53,6 +53,17 @@ def assert_shrinks(model, keep_shift=False, seed=0):
   channels = ChannelGraph(model, keep_shift)
   assert channels.groups
   keep = half(channels, seed)
+  smaller = assert_same(model, keep, keep_shift, seed)
+  assert smaller.count_params() < model.count_params()
+  for symbol, small in zip(
+    keras.tree.flatten(model.outputs), keras.tree.flatten(smaller.outputs), strict=True
+  ):
+    assert symbol.shape == small.shape
+  return smaller
+
+
+def assert_same(model, keep, keep_shift=False, seed=0):
+  """The masked model and the smaller one agree; returns the latter."""
   masked, smaller = mask(model, keep, keep_shift), shrink(model, keep, keep_shift)
   inputs = inputs_of(model, seed)
   fed = inputs if len(inputs) > 1 else inputs[0]
@@ -60,9 +71,4 @@ def assert_shrinks(model, keep_shift=False, seed=0):
     keras.tree.flatten(masked(fed)), keras.tree.flatten(smaller(fed)), strict=True
   ):
     np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
-  assert smaller.count_params() < model.count_params()
-  for symbol, small in zip(
-    keras.tree.flatten(model.outputs), keras.tree.flatten(smaller.outputs), strict=True
-  ):
-    assert symbol.shape == small.shape
   return smaller

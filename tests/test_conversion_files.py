@@ -120,7 +120,7 @@ def test_the_same_model_gives_the_same_files(tmp_path):
   build('residual').save(tmp_path / 'model.keras')
   program = (
     'import sys, pocketsize\n'
-    'from pocketsize.files import load_model\n'
+    'from pocketsize.saving import load_model\n'
     'for folder in sys.argv[2:]: pocketsize.export(load_model(sys.argv[1]), folder)'
   )
   folders = [tmp_path / name for name in 'abc']

@@ -13,23 +13,16 @@ from pocketsize.channel_rules.base import (
   rule,
   through_activation,
 )
+from pocketsize.graph import IDENTITIES
 
 
 @rule(
+  *IDENTITIES,
   'Activation',
   'ReLU',
   'LeakyReLU',
   'ELU',
   'Rescaling',
-  'Identity',
-  'ActivityRegularization',
-  'Dropout',
-  'SpatialDropout1D',
-  'SpatialDropout2D',
-  'SpatialDropout3D',
-  'GaussianDropout',
-  'GaussianNoise',
-  'AlphaDropout',
   'Relu',
   'Relu6',
   'Sigmoid',

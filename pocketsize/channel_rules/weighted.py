@@ -16,6 +16,21 @@ from pocketsize.channel_rules.base import (
 )
 
 
+def _made(channels, node, argument, weight, axis=-1):
+  """Returns (channels that a layer makes, what dropped ones are), and says what shrinks with them.
+
+  Args:
+    argument: of the layer, that counts them.
+    weight, axis: the kernel that makes them, and where they lie in it.
+  """
+  layer = node.operation
+  out, dropped = made_by(channels, node, getattr(layer, argument))
+  channels.slice(layer, weight, axis, out, 'out')
+  channels.slice(layer, 'bias', -1, out, 'out')
+  channels.changes[layer] = lambda kept: {argument: kept(out)}
+  return out, dropped
+
+
 @rule('Conv1D', 'Conv2D', 'Conv3D', 'Conv1DTranspose', 'Conv2DTranspose', 'Conv3DTranspose')
 def _convolution(channels, node, inputs):
   layer, labels = node.operation, at_channel_axis(channels, node, inputs[0])
@@ -25,7 +40,7 @@ def _convolution(channels, node, inputs):
     channels.read(layer, labels)
   else:
     need_zero(channels, labels, 'reads beyond the border')
-  out, dropped = made_by(channels, node, layer.filters)
+  out, dropped = _made(channels, node, 'filters', 'kernel', -2 if transposed else -1)
   parts = np.split(labels.ids, groups)
   for part in parts[1:]:
     channels.tie(parts[0], part)
@@ -34,9 +49,6 @@ def _convolution(channels, node, inputs):
     for part in outs[1:]:
       channels.tie(outs[0], part)
   channels.slice(layer, 'kernel', -1 if transposed else -2, parts[0], 'in')
-  channels.slice(layer, 'kernel', -2 if transposed else -1, out, 'out')
-  channels.slice(layer, 'bias', -1, out, 'out')
-  channels.changes[layer] = lambda kept: {'filters': kept(out)}
   return Labels(labels.axis, out, dropped)
 
 
@@ -52,12 +64,9 @@ def _depthwise(channels, node, inputs):
 @rule('SeparableConv1D', 'SeparableConv2D')
 def _separable(channels, node, inputs):
   layer, labels = node.operation, at_channel_axis(channels, node, inputs[0])
-  out, dropped = made_by(channels, node, layer.filters)
+  out, dropped = _made(channels, node, 'filters', 'pointwise_kernel')
   channels.slice(layer, 'depthwise_kernel', -2, labels.ids, 'out')
   channels.slice(layer, 'pointwise_kernel', -2, np.repeat(labels.ids, layer.depth_multiplier), 'in')
-  channels.slice(layer, 'pointwise_kernel', -1, out, 'out')
-  channels.slice(layer, 'bias', -1, out, 'out')
-  channels.changes[layer] = lambda kept: {'filters': kept(out)}
   return Labels(labels.axis, out, dropped)
 
 
@@ -67,11 +76,8 @@ def _dense(channels, node, inputs):
   if labels.axis != rank_of(channels, node) - 1:
     raise Frozen(OTHER_AXIS)
   channels.read(layer, labels)
-  out, dropped = made_by(channels, node, layer.units)
+  out, dropped = _made(channels, node, 'units', 'kernel')
   channels.slice(layer, 'kernel', -2, labels.ids, 'in')
-  channels.slice(layer, 'kernel', -1, out, 'out')
-  channels.slice(layer, 'bias', -1, out, 'out')
-  channels.changes[layer] = lambda kept: {'units': kept(out)}
   return Labels(labels.axis, out, dropped)
 
 

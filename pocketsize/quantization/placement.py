@@ -11,10 +11,12 @@ import dataclasses
 import keras
 
 from pocketsize import targets
+from pocketsize.graph import IDENTITIES
 
 # They move or select values, and zero is the only new one: output scale = input scale.
 MOVING = frozenset(
   {
+    *IDENTITIES,
     'MaxPooling1D',
     'MaxPooling2D',
     'MaxPooling3D',
@@ -31,20 +33,11 @@ MOVING = frozenset(
     'Flatten',
     'Permute',
     'RepeatVector',
-    'Identity',
-    'Dropout',
-    'SpatialDropout1D',
-    'SpatialDropout2D',
-    'SpatialDropout3D',
-    'GaussianDropout',
-    'GaussianNoise',
-    'AlphaDropout',
     'Pad',
     'GetItem',
     'Transpose',
     'Squeeze',
     'ExpandDims',
-    'ActivityRegularization',
   }
 )
 # No format takes a learned range for them: LiteRT has the fixed step 1/256, the others compute in

@@ -10,7 +10,7 @@ import pathlib
 from absl import flags
 
 from pocketsize import conversion
-from pocketsize.files import load_model
+from pocketsize.saving import load_model
 
 _MODEL = flags.DEFINE_string(
   'model', None, 'saved Keras model: quantized.keras, final.keras or any other .keras file'

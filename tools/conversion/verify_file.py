@@ -13,7 +13,7 @@ from absl import flags
 
 from pocketsize import conversion
 from pocketsize.errors import UserError
-from pocketsize.files import load_model
+from pocketsize.saving import load_model
 
 _FILE = flags.DEFINE_list('file', None, 'exported files, comma-separated: .tflite, .onnx or .xml')
 _REFERENCE = flags.DEFINE_string(
