@@ -22,7 +22,8 @@ def parse(argv, config_types):
 
   Args:
     argv: the program's name and its arguments; `--flagfile=FILE` reads more of them from a file.
-    config_types: {heading: dataclass type}; field names are flag names and must differ.
+    config_types: {heading: dataclass type}; field names are flag names. A name that several have
+      is one flag and must be the same field in them, inherited from one class.
 
   Raises:
     UserError: an unknown or malformed flag, or an argument that is no flag.
@@ -31,7 +32,8 @@ def parse(argv, config_types):
   values = flags.FlagValues()
   for config_type in config_types.values():
     for field in dataclasses.fields(config_type):
-      _define(values, config_type, field)
+      if field.name not in values:
+        _define(values, config_type, field)
   flags.DEFINE_bool('help', False, 'show the flags', short_name='h', flag_values=values)
   try:
     rest = values(list(argv))
@@ -57,10 +59,15 @@ def make(values, config_type):
   )
 
 
-def refuse(values, config_type, owner, received):
-  """Raises a UserError if the command line sets a flag of `config_type`; `owner` has it."""
+def refuse(values, config_type, chosen, owner, received):
+  """Raises a UserError if the command line sets a flag of `config_type` that `chosen` has not.
+
+  Args:
+    owner, received: what has the flag, and what was asked for, in words.
+  """
+  shared = {field.name for field in dataclasses.fields(chosen)}
   for field in dataclasses.fields(config_type):
-    if values[field.name].present:
+    if field.name not in shared and values[field.name].present:
       raise UserError(f'--{field.name} belongs to {owner}. Received: it, and {received}.')
 
 

@@ -7,6 +7,8 @@ import functools
 import pathlib
 import time
 
+import keras
+
 from learners.checkpoint import Checkpoints
 from learners.results import Results
 from learners.training import Schedule, train
@@ -16,7 +18,7 @@ from pocketsize.compressor import Stack
 from pocketsize.distillation import Distillation, DistillationConfig
 from pocketsize.errors import UserError
 from pocketsize.files import write_json
-from pocketsize.graph import Graph
+from pocketsize.graph import Graph, copied
 from pocketsize.instrument import instrument
 from pocketsize.saving import save_model
 
@@ -36,6 +38,7 @@ class Learner(abc.ABC):
   Attributes:
     name: the value of --learner.
     Config: frozen dataclass of `option`s: the learner's flags.
+    skipped: {path: why `prepared` left it alone}.
   """
 
   name: str
@@ -51,6 +54,7 @@ class Learner(abc.ABC):
       run.work_dir or f'runs/{helper.name}_at_{helper.dataset_name}/{self.name}'
     )
     self.seconds = {}
+    self.skipped = {}
     self.dataset = helper.dataset()
     self.results = Results(self.folder, self.name, helper, run, self.dataset)
     self.training_split = 'train' if run.eval_split == 'test' else 'fit'
@@ -75,7 +79,7 @@ class Learner(abc.ABC):
 
   def check(self):
     """Raises a UserError for what would else be found out after hours of training."""
-    model = self.helper.build()
+    model = self._loaded(self.run.pretrained) if self.run.pretrained else self.helper.build()
     stack = Stack(self.compressors(Graph(model), self._steps(self.epochs())))
     conversion.check_formats(configure.attach(model, stack), self.run.formats)
     if self.run.save_path_dst:
@@ -142,9 +146,10 @@ class Learner(abc.ABC):
     return model
 
   def _loaded(self, path):
-    """Returns the net with the weights of a file that only rank 0 needs to have."""
-    model = self.helper.build()
-    self._on_chief(lambda: self.helper.load_pretrained(model, path))
+    """Returns the net, or what pruning left of it, from a file that only rank 0 needs to have."""
+    model = self._on_chief(lambda: self.helper.load(path))
+    structure = self.runtime.broadcast(model.to_json() if model else None)
+    model = model or keras.models.model_from_json(structure)
     self.runtime.broadcast_variables(model.weights)
     return model
 
@@ -165,24 +170,35 @@ class Learner(abc.ABC):
 
   def _compressed_model(self, float_model):
     """Returns the `Instrumented` model, trained."""
-    student = self.helper.build()
-    student.set_weights(float_model.get_weights())
+    student = self.prepared(copied(float_model))
     steps = self._steps(self.epochs())
     stack = Stack(self.compressors(Graph(student), steps))
-    if stack.compressors and self.run.enbl_dst:
+    if self.epochs() and self.run.enbl_dst:
       stack.compressors.append(self.distillation(float_model))
     model = configure.attach(student, stack)
-    self._on_chief(lambda: write_json(self.folder / 'plan.json', report.plan(model, stack)))
-    if not stack.compressors:
+    plan = report.plan(model, stack)
+    plan['skipped'] |= self.skipped
+    self._on_chief(lambda: write_json(self.folder / 'plan.json', plan))
+    if not self.epochs():
       return model
     self._on_chief(lambda: self._calibrate(model))
+    self._fit('compressed', model, self.epochs(), self.tuning_rate)
+    stack.update(steps)
+    return self.finished(model)
+
+  def prepared(self, model):
+    """Returns what is to be trained, made from a copy of the float model: as a rule that itself."""
+    return model
+
+  def finished(self, model):
+    """Returns what is shipped, `Instrumented`, made from the trained one: as a rule that itself."""
+    return model
+
+  def tuning_rate(self, step, steps):
+    """Returns the learning rate at a step of the training of a compressed model."""
     workers = self.run.batch_size * self.runtime.size / self.helper.config.batch_size_norm
     initial = workers * (self.run.lrn_rate_ft or 0.1 * self.helper.config.lrn_rate_init)
-    self._fit(
-      'compressed', model, self.epochs(), lambda step, steps: schedules.cosine(step, steps, initial)
-    )
-    stack.update(steps)
-    return model
+    return schedules.cosine(step, steps, initial)
 
   def distillation(self, teacher):
     """Returns the `Distillation` that the flags ask for; `teacher` is the float model."""
@@ -206,7 +222,7 @@ class Learner(abc.ABC):
   def _checkpoints(self, phase):
     return Checkpoints(self.folder / 'checkpoints', phase)
 
-  def _fit(self, phase, model, epochs, learning_rate):
+  def _fit(self, phase, model, epochs, learning_rate, optimizer='sgd'):
     steps = self._steps(epochs)
     schedule = Schedule(
       f'{phase} training',
@@ -216,6 +232,7 @@ class Learner(abc.ABC):
       self.helper.config.loss_w_dcy,
       self.run.save_step,
       self.run.summ_step,
+      optimizer,
     )
     batches = functools.partial(
       self.dataset.load,

@@ -35,7 +35,15 @@ def discover():
   """Returns {--learner value: class} of every learner, found by walking the package."""
   for module in pkgutil.iter_modules(learners.__path__, 'learners.'):
     importlib.import_module(module.name)
-  return {cls.name: cls for cls in sorted(Learner.__subclasses__(), key=lambda cls: cls.name)}
+  return {cls.name: cls for cls in sorted(_named(Learner), key=lambda cls: cls.name)}
+
+
+def _named(cls):
+  """Yields the subclasses of a class, at any depth, that are a value of --learner."""
+  for subclass in cls.__subclasses__():
+    if hasattr(subclass, 'name'):
+      yield subclass
+    yield from _named(subclass)
 
 
 def find(name):
@@ -72,7 +80,9 @@ def make_learner(helper_class, argv):
   learner_class = find(run.learner)
   for name, other in found.items():
     if other is not learner_class:
-      flags.refuse(values, other.Config, f'--learner={name}', f'--learner={run.learner}')
+      flags.refuse(
+        values, other.Config, learner_class.Config, f'--learner={name}', f'--learner={run.learner}'
+      )
   config = flags.make(values, learner_class.Config)
   helper = helper_class(flags.make(values, helper_class.Config))
   keras.utils.set_random_seed(run.seed)

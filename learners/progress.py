@@ -49,9 +49,9 @@ class ProgressReport:
       self._bar.stop()
 
   @classmethod
-  def over(cls, title, items, name=str):
+  def over(cls, title, items, name=str, quiet=False):
     """Yields `items`, a sequence, and shows how many are done and the `name(item)` at work."""
-    with cls(title, len(items)) as report:
+    with cls(title, len(items), quiet=quiet) as report:
       for done, item in enumerate(items):
         report.say(done, {'now': name(item)})
         yield item

@@ -101,7 +101,9 @@ class Results:
       'compressed': model,
       'compressed, activations float': instrument(strip(model)),
     }
-    (float_metrics, _), (metrics, outputs), (_, stripped_outputs) = [
+    if (self.folder / 'pruned.keras').exists():
+      models['pruned, not trained'] = instrument(load_model(self.folder / 'pruned.keras'))
+    (float_metrics, _), (metrics, outputs), (_, stripped_outputs), *rest = [
       self._evaluate(models[name])
       for name in ProgressReport.over(f'evaluating on {self.run.eval_split}', list(models))
     ]
@@ -125,6 +127,7 @@ class Results:
     }
     return report.build(
       model,
+      float_model=float_model,
       names={
         'model': self.helper.name,
         'dataset': self.helper.dataset_name,
@@ -136,6 +139,7 @@ class Results:
       files=entries,
       seconds=seconds,
       command=command,
+      pruned=(models['pruned, not trained'].source, rest[0][0]) if rest else None,
       skipped=json.loads(self.existing('plan.json').read_text())['skipped'],
     )
 

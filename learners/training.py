@@ -47,6 +47,7 @@ class Schedule(NamedTuple):
     momentum: of SGD, in [0, 1).
     weight_decay: factor w of the L2 penalty w/2 |v|^2 over all weights but batch norm's.
     save_step, summary_step: steps between two checkpoints, and between two reports.
+    optimizer: 'sgd', or 'adam', which takes no momentum.
   """
 
   title: str
@@ -56,6 +57,7 @@ class Schedule(NamedTuple):
   weight_decay: float
   save_step: int
   summary_step: int
+  optimizer: str = 'sgd'
 
 
 def train(model, batches, loss, schedule, *, checkpoints, runtime, log_dir):
@@ -82,7 +84,10 @@ def train(model, batches, loss, schedule, *, checkpoints, runtime, log_dir):
       [tf.nn.l2_loss(weight.value) for weight in decayed]
     )
 
-  optimizer = keras.optimizers.SGD(schedule.learning_rate(0), momentum=schedule.momentum)
+  if schedule.optimizer == 'adam':
+    optimizer = keras.optimizers.Adam(schedule.learning_rate(0))
+  else:
+    optimizer = keras.optimizers.SGD(schedule.learning_rate(0), momentum=schedule.momentum)
   optimizer.build(model.trainable_variables)
   trainable = {id(variable) for variable in model.trainable_variables}
   state = [variable for variable in model.variables if id(variable) not in trainable]

@@ -101,6 +101,21 @@ class ModelHelper(abc.ABC):
     """
     return {weight.path: weight.path for weight in model.weights}
 
+  def load(self, path):
+    """Returns the net with the weights of a file, or what channel pruning left of it.
+
+    Args:
+      path: see `load_pretrained`; or a `.keras` file of this net with fewer channels.
+
+    Raises:
+      UserError: the file is missing or unreadable, or fits neither.
+    """
+    model = self.build()
+    pruned = pretrained.load_pruned(model, path)
+    if pruned is None:
+      self.load_pretrained(model, path)
+    return pruned or model
+
   def load_pretrained(self, model, path):
     """Copies pretrained weights into `model`: all of them or, on an error, none.
 

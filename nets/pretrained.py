@@ -8,6 +8,8 @@ import keras
 import numpy as np
 
 from pocketsize.errors import UserError
+from pocketsize.graph import Graph
+from pocketsize.instrument import Instrumented
 
 
 def load(model, path, names):
@@ -48,6 +50,43 @@ def load(model, path, names):
     )
   for weight, array in zip(model.weights, arrays, strict=True):
     weight.assign(array)
+
+
+def load_pruned(model, path):
+  """Returns the model in a `.keras` file if it is `model` with fewer channels, else None.
+
+  It then has inputs and outputs of the same shapes, and every layer with weights is one of
+  `model`'s, with as many axes and no more channels.
+  """
+  path = pathlib.Path(path).expanduser()
+  if path.suffix != '.keras' or not path.is_file():
+    return None
+  saved = _read(path, lambda: keras.models.load_model(path, compile=False))
+  if not isinstance(saved, keras.Model) or isinstance(saved, Instrumented):
+    return None
+  ours = {path.replace('/', '_'): layer for path, layer in Graph(model).layers.items()}
+  smaller = False
+  for name, layer in Graph(saved).layers.items():
+    shapes = [tuple(weight.shape) for weight in layer.weights]
+    known = ours.get(name.replace('/', '_'))
+    limits = [tuple(weight.shape) for weight in known.weights] if known else []
+    if shapes and not _fit(shapes, limits):
+      return None
+    smaller |= shapes != limits
+  return saved if smaller and _ends(saved) == _ends(model) else None
+
+
+def _fit(shapes, limits):
+  """Whether weights have the axes of others, and no axis is longer."""
+  return [len(shape) for shape in shapes] == [len(limit) for limit in limits] and all(
+    size <= limit
+    for shape, most in zip(shapes, limits, strict=True)
+    for size, limit in zip(shape, most, strict=True)
+  )
+
+
+def _ends(model):
+  return [tuple(symbol.shape) for symbol in (*model.inputs, *model.outputs)]
 
 
 def _read(path, read):

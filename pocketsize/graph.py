@@ -206,6 +206,10 @@ class Graph:
     """Returns the node that writes tensor number `tensor`."""
     return self._producers[tensor]
 
+  def paths(self, layer):
+    """Returns the paths of a layer: several if models that are called twice hold it."""
+    return [path for path, other in self.layers.items() if other is layer]
+
   def shape(self, tensor):
     """Returns the symbolic shape of tensor number `tensor`; the batch is None."""
     return tuple(self._symbols[tensor].shape)
@@ -226,22 +230,30 @@ class Graph:
     Returns:
       The list of output tensors.
     """
+    values = dict(zip(self.inputs, inputs, strict=True))
+    for node in self.nodes:
+      self.step(node, values, call, training)
+    return [values[number] for number in self.outputs]
+
+  def step(self, node, values, call=None, training=None):
+    """Computes one node: reads {number: tensor} and adds what the node writes.
+
+    Args:
+      node: of this graph.
+      values: has the node's inputs; an InputLayer's fed tensor is there as its output.
+      call, training: see `run`.
+    """
     call = call or (
       lambda node, args, kwargs: args[0] if node.is_input else node.operation(*args, **kwargs)
     )
-    values = {}
-    feeds = dict(zip(self.inputs, inputs, strict=True))
-    for node in self.nodes:
-      if node.is_input:
-        outputs = call(node, (feeds[node.outputs[0]],), {})
-      else:
-        known = {
-          id(symbol): values[number]
-          for symbol, number in zip(node.symbols, node.inputs, strict=True)
-        }
-        args, kwargs = node.arguments.fill_in(known)
-        if node.takes_training:
-          kwargs['training'] = False if node.inference_only else training
-        outputs = call(node, args, kwargs)
-      values.update(zip(node.outputs, keras.tree.flatten(outputs), strict=True))
-    return [values[number] for number in self.outputs]
+    if node.is_input:
+      outputs = call(node, (values[node.outputs[0]],), {})
+    else:
+      known = {
+        id(symbol): values[number] for symbol, number in zip(node.symbols, node.inputs, strict=True)
+      }
+      args, kwargs = node.arguments.fill_in(known)
+      if node.takes_training:
+        kwargs['training'] = False if node.inference_only else training
+      outputs = call(node, args, kwargs)
+    values.update(zip(node.outputs, keras.tree.flatten(outputs), strict=True))

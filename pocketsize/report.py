@@ -74,13 +74,19 @@ def activation_bits(model, path):
   return FLOAT_BITS
 
 
-def layers(model, skipped):
+def layers(model, skipped, float_graph=None):
   """Returns report['layers'] of an `Instrumented` model.
 
   Args:
     skipped: {path: reason} of the layers that a compressor left alone.
+    float_graph: `Graph` of the model before compression, if channels were dropped since.
   """
   deployed = Graph(strip(model)).layers
+  # A pruned model has the layers of nested ones inlined, and their names with them.
+  before = {
+    layer.name.replace('/', '_'): layer.channels
+    for layer in cost.layer_costs(float_graph or model.graph)
+  }
   entries = []
   for layer in cost.layer_costs(model.graph):
     points = targets.weight_points(deployed[layer.name])
@@ -97,7 +103,7 @@ def layers(model, skipped):
         'weight_bits': weight_bits(model, layer.name),
         'activation_bits': activation_bits(model, layer.name),
         'sparsity': round(1.0 - np.count_nonzero(weights) / weights.size, 6) if points else 0.0,
-        'channels_before': layer.channels,
+        'channels_before': before[layer.name.replace('/', '_')],
         'channels_after': layer.channels,
         'skipped_because': skipped.get(layer.name),
       }
@@ -128,28 +134,41 @@ def versions():
   return found
 
 
-def build(model, *, names, float_metrics, metrics, bytes_, files, seconds, command, skipped=None):
+def build(
+  model,
+  *,
+  float_model,
+  names,
+  float_metrics,
+  metrics,
+  bytes_,
+  files,
+  seconds,
+  command,
+  pruned=None,
+  skipped=None,
+):
   """Returns the report, as JSON values.
 
   Args:
     model: `Instrumented`, trained.
+    float_model: the Keras model before compression.
     names: {'model': ..., 'dataset': ..., 'learner': ...}.
     float_metrics, metrics: {name: value} of the float model and of `model`.
     bytes_: (float, compressed) sizes on disk of the two as .keras files.
     files: entries of `conversion.verify_files`.
     seconds: {phase: seconds}.
     command: the command line.
+    pruned: (Keras model, its metrics) after channels were dropped and before it was trained, or
+      None.
     skipped: {path: reason}.
   """
-  stripped = strip(model)
+  stripped, float_graph = strip(model), Graph(float_model)
+  parts = {} if pruned is None else {'pruned': _part(*pruned)}
   return {
     **names,
-    'float': {
-      'metrics': float_metrics,
-      'params': model.source.count_params(),
-      'macs': cost.macs(model.graph),
-      'bytes': bytes_[0],
-    },
+    'float': {**_part(float_model, float_metrics), 'bytes': bytes_[0]},
+    **parts,
     'compressed': {
       'metrics': metrics,
       'params': stripped.count_params(),
@@ -159,10 +178,18 @@ def build(model, *, names, float_metrics, metrics, bytes_, files, seconds, comma
       'bytes': bytes_[1],
     },
     'files': files,
-    'layers': layers(model, skipped or {}),
+    'layers': layers(model, skipped or {}, float_graph),
     'seconds': seconds,
     'command': command,
     'versions': versions(),
+  }
+
+
+def _part(model, metrics):
+  return {
+    'metrics': metrics,
+    'params': model.count_params(),
+    'macs': cost.macs(Graph(model)),
   }
 
 
@@ -179,13 +206,15 @@ def show(report, console=None):
   table.add_column('Keras, files', no_wrap=True)
   for heading in headings:
     table.add_column(heading, justify='right', no_wrap=True)
-  for name in ('float', 'compressed'):
+  for name in ('float', 'pruned', 'compressed'):
+    if name not in report:
+      continue
     part = report[name]
     zeros = 1.0 - part['nonzero_params'] / part['params'] if 'nonzero_params' in part else None
     table.add_row(
       name,
       f'{part["metrics"][metric]:.4f}',
-      f'{part["bytes"]:,}',
+      f'{part["bytes"]:,}' if 'bytes' in part else '',
       f'{part["params"]:,}',
       '' if zeros is None else f'{zeros:.0%}',
       f'{part["macs"] / 1e6:,.2f}',

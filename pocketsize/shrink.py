@@ -45,15 +45,19 @@ def _along(values, axis):
   return np.reshape(values, (-1,) + (1,) * (-1 - axis))
 
 
-def shrink(model, keep, keep_shift=False):
+def shrink(model, keep, keep_shift=False, selected=None):
   """Returns an ordinary smaller model with the outputs that `mask` has.
 
   Its layers have the names of the model's; those of nested models, which are inlined, the names of
   their models before them.
 
-  Args and errors: see `mask`.
+  Args:
+    selected: {path of a convolution: [inputs] bool}, the channels that it reads. Where others are
+      kept for other layers, a channel sampler (`keras.ops.take`) goes before the convolution.
+
+  Other args and errors: see `mask`.
   """
-  channels = ChannelGraph(model, keep_shift)
+  channels, selected = ChannelGraph(model, keep_shift), selected or {}
   is_dropped = channels.dropped(keep)
 
   def kept(ids):
@@ -61,6 +65,12 @@ def shrink(model, keep, keep_shift=False):
 
   constants = _constants(channels, keep, is_dropped)
   layers, names = {}, _Names()
+  reads = {
+    path: ~is_dropped(part.ids)
+    for path, layer in channels.graph.layers.items()
+    for part in channels.slices
+    if path in selected and part.layer is layer and part.role == 'in'
+  }
   for path, layer in channels.graph.layers.items():
     if id(layer) not in layers:
       changed = channels.changes.get(layer, lambda kept: {})(kept)
@@ -81,6 +91,8 @@ def shrink(model, keep, keep_shift=False):
     if type(node.operation).__name__ == 'GetItem':
       return args[0][_shifted(args[1], len(args[0].shape), changed) if changed else args[1]]
     if id(node.operation) in layers and not changed:
+      if node.path in selected:
+        args = (_sampled(args[0], node.operation, reads[node.path], selected[node.path]), *args[1:])
       return layers[id(node.operation)](*args, **kwargs)
     # Operators, and layers without weights that change in another way at each of their calls.
     return _changed(node.operation, changed, names.unused(node.path))(*args, **kwargs)
@@ -92,8 +104,21 @@ def shrink(model, keep, keep_shift=False):
     name=model.name,
   )
   for layer in {id(layer): layer for layer in channels.graph.layers.values()}.values():
-    _set_weights(channels, layer, layers[id(layer)], is_dropped, constants.get(layer))
+    _set_weights(channels, layer, layers[id(layer)], is_dropped, constants.get(layer), selected)
   return smaller
+
+
+def _sampled(x, layer, present, selected):
+  """Returns the channels of `x` that `layer` reads, out of those `present` in it.
+
+  Args:
+    present, selected: [channels before shrinking] bools.
+  """
+  places = np.flatnonzero(selected[present])
+  if len(places) == present.sum():
+    return x
+  axis = 1 if getattr(layer, 'data_format', None) == 'channels_first' else -1
+  return keras.ops.take(x, places.tolist(), axis=axis)
 
 
 class _Names:
@@ -129,7 +154,8 @@ def _shifted(key, rank, changed):
   return tuple(key)
 
 
-def _set_weights(channels, layer, smaller, is_dropped, constants):
+def _set_weights(channels, layer, smaller, is_dropped, constants, selected):
+  read = next((selected[path] for path in channels.graph.paths(layer) if path in selected), None)
   values = {id(weight): np.array(weight) for weight in layer.weights}
   if constants is not None:
     values['bias'] = constants + (0.0 if layer.bias is None else values[id(layer.bias)])
@@ -138,7 +164,10 @@ def _set_weights(channels, layer, smaller, is_dropped, constants):
       continue
     key = 'bias' if constants is not None and part.weight == 'bias' else None
     key = key or id(getattr(layer, part.weight))
-    kept = np.flatnonzero(~is_dropped(part.ids))
+    kept = ~is_dropped(part.ids)
+    if part.role == 'in' and read is not None:
+      kept &= read
+    kept = np.flatnonzero(kept)
     values[key] = np.take(values[key], kept, axis=part.axis)
   if constants is None:
     smaller.set_weights([values[id(weight)] for weight in layer.weights])

@@ -168,6 +168,8 @@ def test_every_key_of_report_and_plan_is_documented(tmp_path):
   metrics = {'accuracy': 1.0, 'loss': 0.0}
   result = report.build(
     model,
+    float_model=model.source,
+    pruned=(model.source, metrics),
     names={'model': 'm', 'dataset': 'd', 'learner': 'uniform'},
     float_metrics=metrics,
     metrics=metrics,

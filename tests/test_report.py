@@ -31,6 +31,7 @@ def built(model, stack, **fields):
   return report.build(
     model,
     **{
+      'float_model': model.source,
       'names': {'model': 'toy', 'dataset': 'noise', 'learner': 'both'},
       'float_metrics': {'accuracy': 0.75},
       'metrics': {'accuracy': 0.5},
