@@ -1,6 +1,7 @@
 """ILSVRC-12: photographs on disk as batches, and the residual nets for them."""
 
 import itertools
+import os
 import pathlib
 import subprocess
 import sys
@@ -280,7 +281,7 @@ def _run(*arguments):
   return subprocess.run(
     [sys.executable, 'nets/resnet_at_ilsvrc12_run.py', *arguments],
     cwd=ROOT,
-    env=None,
+    env=os.environ | {'PYTHONPATH': str(ROOT), 'TF_CPP_MIN_LOG_LEVEL': '2'},
     capture_output=True,
     text=True,
     check=False,
