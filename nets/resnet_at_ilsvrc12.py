@@ -3,7 +3,7 @@
 PocketFlow's was pre-activation (v2); here batch norm and ReLU come after the convolution, so that
 batch norm folds into the kernel for int8. All else is as there: a projection in the first block of
 every stage, the first one too; stride 2 in a bottleneck's 3x3 convolution. So every convolution is
-the same and docs/flops.md has the published counts. Stages of other strides are left out.
+as there, and so are the multiply-accumulates (docs/flops.md).
 """
 
 import dataclasses
