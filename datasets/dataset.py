@@ -59,79 +59,28 @@ class Dataset(abc.ABC):
     return steps
 
 
-class InMemoryDataset(Dataset):
-  """A data set that fits into memory in its raw form; a subclass parses and preprocesses.
+class IndexedDataset(Dataset):
+  """A data set of numbered samples: which of them a split and a step of training have.
 
   Args:
-    train, test: (x, y) each; x an [samples, height, width, channels] array in raw values, y
-      [samples] integers.
     nb_smpls_val: samples of the training set that are held out as 'val'.
   """
 
-  def __init__(self, train, test, nb_smpls_val):
-    self._raw = {'train': train, 'test': test}
+  def __init__(self, nb_smpls_val):
     self._nb_smpls_val = nb_smpls_val
 
   @abc.abstractmethod
-  def preprocess(self, x, rng=None):
-    """Returns the float32 images for the net.
-
-    Args:
-      x: [batch, height, width, channels] raw images, a copy that may be changed.
-      rng: np.random.Generator for augmentation, or None in evaluation.
-    """
+  def _count(self, part):
+    """The number of samples in 'train' or 'test'."""
 
   def size(self, split):
     return len(self._indices(split))
 
-  def load(self, split, *, batch, shard=(0, 1), seed=0, training=False, start=0):
-    if training:
-      steps = self.steps_per_epoch(split, batch, shard[1])
-      return self._as_tensors(
-        lambda: self._training_batches(split, batch, steps, shard, seed, start), split, batch
-      )
-    rank, workers = shard
-    samples = len(self._indices(split)[rank::workers])
-    return self._as_tensors(
-      lambda: self._evaluation_batches(split, batch, shard), split, None
-    ).apply(tf.data.experimental.assert_cardinality(-(-samples // batch)))
-
-  def _training_batches(self, split, batch, steps, shard, seed, start):
-    """Yields (x, y) for ever, from step `start` on; `steps` is the length of an epoch."""
-    images, labels = self._arrays(split)
-    indices = self._indices(split)
-    rank, workers = shard
-    epoch, first = divmod(start, steps)
-    while True:
-      order = indices[np.random.default_rng((seed, epoch)).permutation(len(indices))]
-      for k in range(first, steps):
-        begin = (k * workers + rank) * batch
-        chosen = order[begin : begin + batch]
-        rng = np.random.default_rng((seed, epoch, k, rank))
-        yield self.preprocess(images[chosen], rng), labels[chosen]
-      epoch, first = epoch + 1, 0
-
-  def _evaluation_batches(self, split, batch, shard):
-    images, labels = self._arrays(split)
-    rank, workers = shard
-    indices = self._indices(split)[rank::workers]
-    for begin in range(0, len(indices), batch):
-      chosen = indices[begin : begin + batch]
-      yield self.preprocess(images[chosen]), labels[chosen]
-
-  def _as_tensors(self, batches, split, batch):
-    shape = self._arrays(split)[0].shape[1:]
-    signature = (tf.TensorSpec((batch, *shape), tf.float32), tf.TensorSpec((batch,), tf.int64))
-    return tf.data.Dataset.from_generator(batches, output_signature=signature).prefetch(4)
-
-  def _arrays(self, split):
-    return self._raw['test' if split == 'test' else 'train']
-
   def _indices(self, split):
-    """The places of a split's samples in its arrays, ascending."""
+    """The numbers of a split's samples within its part, ascending."""
     if split not in SPLITS:
       raise ValueError(f'Argument `split` must be one of {SPLITS}. Received: split={split!r}.')
-    samples = len(self._arrays(split)[1])
+    samples = self._count(_part(split))
     if split in ('train', 'test'):
       return np.arange(samples)
     if not 1 <= self._nb_smpls_val < samples:
@@ -142,3 +91,79 @@ class InMemoryDataset(Dataset):
     order = np.random.default_rng(_HELD_OUT_SEED).permutation(samples)
     held_out, rest = np.split(order, [self._nb_smpls_val])
     return np.sort(held_out if split == 'val' else rest)
+
+  def _training_choices(self, split, batch, shard, seed, start):
+    """Returns an endless iterator over (chosen [batch], rng) from step `start` on."""
+    steps = self.steps_per_epoch(split, batch, shard[1])
+    return _choices(self._indices(split), batch, steps, shard, seed, start)
+
+  def _evaluation_choices(self, split, batch, shard):
+    """Returns the chosen samples of every batch, the last one smaller."""
+    rank, workers = shard
+    indices = self._indices(split)[rank::workers]
+    return [indices[begin : begin + batch] for begin in range(0, len(indices), batch)]
+
+
+def _part(split):
+  return 'test' if split == 'test' else 'train'
+
+
+def _choices(indices, batch, steps, shard, seed, start):
+  """Yields (chosen, rng) for ever; `steps` is the length of an epoch."""
+  rank, workers = shard
+  epoch, first = divmod(start, steps)
+  while True:
+    order = indices[np.random.default_rng((seed, epoch)).permutation(len(indices))]
+    for k in range(first, steps):
+      begin = (k * workers + rank) * batch
+      yield order[begin : begin + batch], np.random.default_rng((seed, epoch, k, rank))
+    epoch, first = epoch + 1, 0
+
+
+class InMemoryDataset(IndexedDataset):
+  """A data set that fits into memory in its raw form; a subclass parses and preprocesses.
+
+  Args:
+    train, test: (x, y) each; x an [samples, height, width, channels] array in raw values, y
+      [samples] integers.
+    nb_smpls_val: samples of the training set that are held out as 'val'.
+  """
+
+  def __init__(self, train, test, nb_smpls_val):
+    super().__init__(nb_smpls_val)
+    self._raw = {'train': train, 'test': test}
+
+  @abc.abstractmethod
+  def preprocess(self, x, rng=None):
+    """Returns the float32 images for the net.
+
+    Args:
+      x: [batch, height, width, channels] raw images, a copy that may be changed.
+      rng: np.random.Generator for augmentation, or None in evaluation.
+    """
+
+  def load(self, split, *, batch, shard=(0, 1), seed=0, training=False, start=0):
+    if training:
+      self.steps_per_epoch(split, batch, shard[1])  # refuses too small a split at once
+      return self._as_tensors(
+        lambda: self._batches(split, self._training_choices(split, batch, shard, seed, start)),
+        split,
+        batch,
+      )
+    choices = self._evaluation_choices(split, batch, shard)
+    return self._as_tensors(
+      lambda: self._batches(split, ((chosen, None) for chosen in choices)), split, None
+    ).apply(tf.data.experimental.assert_cardinality(len(choices)))
+
+  def _batches(self, split, choices):
+    images, labels = self._raw[_part(split)]
+    for chosen, rng in choices:
+      yield self.preprocess(images[chosen], rng), labels[chosen]
+
+  def _as_tensors(self, batches, split, batch):
+    shape = self._raw[_part(split)][0].shape[1:]
+    signature = (tf.TensorSpec((batch, *shape), tf.float32), tf.TensorSpec((batch,), tf.int64))
+    return tf.data.Dataset.from_generator(batches, output_signature=signature).prefetch(4)
+
+  def _count(self, part):
+    return len(self._raw[part][1])

@@ -4,6 +4,7 @@ import difflib
 import errno
 import importlib
 import pkgutil
+import re
 import signal
 import sys
 
@@ -123,12 +124,21 @@ def run_with(helper_class, argv):
       return _complain(
         f'The disk is full: {error}. Make room and start the same command again.', USER_ERROR
       )
+    mistake = _mistake_in(error)
+    if mistake and not debug:
+      return _complain(mistake, USER_ERROR)
     if not runtime.is_worker_lost(error):
       raise
     return _complain(
       'another worker failed; the same command goes on from the last checkpoint', WORKER_LOST
     )
   return 0
+
+
+def _mistake_in(error):
+  """The message of a UserError that a tf.data pipeline raised, or None: it comes out as text."""
+  found = re.search(rf'\b{UserError.__name__}: (.*)', str(error))
+  return found and found[1]
 
 
 def _is_disk_full(error):

@@ -13,6 +13,7 @@ from keras import Input, Model, layers
 from datasets.cifar10 import Cifar10
 from datasets.paths import resolve_folder
 from nets import model_helper
+from nets.residual import convolve
 from pocketsize.options import option, with_default
 
 _MEAN = (0.485, 0.456, 0.406)
@@ -46,7 +47,7 @@ class ModelHelper(model_helper.ModelHelper):
   def build(self):
     """Returns the model: [batch, 32, 32, 3] in, [batch, 10] logits out."""
     x = inputs = Input((32, 32, 3), name='images')
-    x = _normalise(_convolve(x, 16, 3, 1, 'conv0'), 'bn0')
+    x = _normalise(convolve(x, 16, 3, 1, 'conv0'), 'bn0')
     x = layers.ReLU(name='relu0')(x)
     for stage, channels in enumerate((16, 32, 64), start=1):
       for block in range(1, (self.config.resnet_size - 2) // 6 + 1):
@@ -66,25 +67,6 @@ class ModelHelper(model_helper.ModelHelper):
     return {weight.path: _torch_name(weight.path) for weight in model.weights}
 
 
-def _convolve(x, channels, size, stride, name):
-  """A convolution that pads by size // 2 on every side, as the original does.
-
-  With stride 2 Keras' 'same' pads a 3x3 kernel at the bottom and right only, which would shift
-  the features by a pixel; so the padding is a layer of its own there.
-  """
-  if stride > 1 and size > 1:
-    x = layers.ZeroPadding2D(size // 2, name=name.replace('conv', 'padding'))(x)
-  return layers.Conv2D(
-    channels,
-    size,
-    strides=stride,
-    padding='same' if stride == 1 else 'valid',
-    use_bias=False,
-    kernel_initializer='he_normal',
-    name=name,
-  )(x)
-
-
 def _normalise(x, name):
   return layers.BatchNormalization(epsilon=1e-5, momentum=0.9, name=name)(x)
 
@@ -93,16 +75,16 @@ def _block(x, channels, stride, shortcut, name):
   """Two 3x3 convolutions and a way past them."""
   past = x
   if stride > 1 and shortcut == 'projection':
-    past = _convolve(past, channels, 1, stride, f'{name}_shortcut_conv')
+    past = convolve(past, channels, 1, stride, f'{name}_shortcut_conv')
     past = _normalise(past, f'{name}_shortcut_bn')
   elif stride > 1:
     # A pool of one pixel is a stock layer that takes every second pixel.
     past = layers.MaxPooling2D(1, strides=stride, name=f'{name}_shortcut_subsample')(past)
     new = (channels - past.shape[-1]) // 2
     past = keras.ops.pad(past, ((0, 0), (0, 0), (0, 0), (new, new)))
-  x = _normalise(_convolve(x, channels, 3, stride, f'{name}_conv1'), f'{name}_bn1')
+  x = _normalise(convolve(x, channels, 3, stride, f'{name}_conv1'), f'{name}_bn1')
   x = layers.ReLU(name=f'{name}_relu1')(x)
-  x = _normalise(_convolve(x, channels, 3, 1, f'{name}_conv2'), f'{name}_bn2')
+  x = _normalise(convolve(x, channels, 3, 1, f'{name}_conv2'), f'{name}_bn2')
   x = layers.Add(name=f'{name}_add')([x, past])
   return layers.ReLU(name=f'{name}_relu2')(x)
 

@@ -245,7 +245,9 @@ def test_an_unknown_kind_of_file_is_refused(tmp_path):
     helper.load_pretrained(helper.build(), tmp_path / 'w.ckpt')
 
 
-@pytest.mark.parametrize('net', ['convnet_at_digits', 'lenet_at_cifar10', 'resnet_at_cifar10'])
+@pytest.mark.parametrize(
+  'net', ['convnet_at_digits', 'lenet_at_cifar10', 'resnet_at_cifar10', 'resnet_at_ilsvrc12']
+)
 def test_every_net_has_its_run_script(net):
   module = importlib.import_module(f'nets.{net}')
   assert net.endswith(f'_at_{module.ModelHelper.dataset_name}')
