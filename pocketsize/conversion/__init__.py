@@ -10,10 +10,11 @@ from pocketsize.conversion.formats import (
 )
 from pocketsize.conversion.inspection import count_ops
 from pocketsize.conversion.runners import open_file
-from pocketsize.conversion.verification import latency, size, verify, verify_files
+from pocketsize.conversion.verification import bursts, latency, size, verify, verify_files
 
 __all__ = [
   'FORMATS',
+  'bursts',
   'check_formats',
   'ExportedFile',
   'count_ops',
