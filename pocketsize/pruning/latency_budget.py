@@ -66,7 +66,7 @@ def choose_for_latency(
   """Returns a `Choice` whose file takes at most `share` of the latency of the whole model's file.
 
   Channels are chosen by the table, the file is run, and the budget that the table gets is corrected
-  by the quotient of the two, at most three times.
+  by what it measured, at most three times.
 
   Args:
     channels: a `ChannelGraph`.
@@ -109,14 +109,24 @@ def _tried(channels, choose, share, cost, measure):
       break
     model = shrink(channels.graph.model, keep, channels.keep_shift)
     tried.append(Choice(keep, model, cost(keep), measure(model)))
-    last = tried[-1]
-    if _TIGHT * share <= last.measured <= share:
+    if _TIGHT * share <= tried[-1].measured <= share:
       break
     # The middle of what fits tightly is aimed at, and always less than what was too much.
-    aim = 0.5 * (1.0 + _TIGHT) * share * last.predicted / last.measured
     above = [choice.predicted for choice in tried if choice.measured > share]
+    aim = _prediction_for(0.5 * (1.0 + _TIGHT) * share, tried)
     budget = min([1.0, aim, *(0.999 * predicted for predicted in above)])
   return tried
+
+
+def _prediction_for(aim, tried):
+  """Returns the predicted share to ask for: on the line through the measured ones around `aim`."""
+  known = sorted([(1.0, 1.0), *((choice.measured, choice.predicted) for choice in tried)])
+  upper = next((place for place, (share, _) in enumerate(known) if share >= aim), len(known) - 1)
+  (low, low_predicted), (high, high_predicted) = known[max(upper, 1) - 1], known[max(upper, 1)]
+  if high <= low or high_predicted <= low_predicted:
+    return low_predicted * aim / low
+  slope = (high_predicted - low_predicted) / (high - low)
+  return max(low_predicted + (aim - low) * slope, 0.5 * low_predicted)
 
 
 def _same(keep, other):
