@@ -1,6 +1,5 @@
 """The time of one layer in a runtime: that of a small model with it, less that of one without."""
 
-import pathlib
 import tempfile
 
 import keras
@@ -9,7 +8,7 @@ from keras import layers
 
 from pocketsize import conversion
 
-# About how long two models are run, between bounds on the rounds of `conversion.bursts`.
+# About how long two models are run, between bounds on the rounds of ten calls.
 _SECONDS = 0.3
 _ROUNDS = 5, 100
 # What lies below the clock's noise still costs something.
@@ -36,8 +35,7 @@ class LayerTimer:
 
   def __init__(self, format):
     self._format = format
-    self._folder = tempfile.TemporaryDirectory()
-    self._without, self._files = {}, 0
+    self._without = {}
 
   def __call__(self, layer, shape):
     """Returns the time of one call in ms, above 0.
@@ -51,21 +49,18 @@ class LayerTimer:
     """
     data_format = getattr(layer, 'data_format', 'channels_last')
     key = shape, data_format
-    if key not in self._without:
-      self._without[key] = self._opened(sandwich(None, shape, data_format))
-    runners = [self._opened(sandwich(layer, shape, data_format)), self._without[key]]
-    once = conversion.bursts(runners, 1)
-    rounds = int(np.clip(1e3 * _SECONDS / once.sum(), *_ROUNDS))
-    # The least of the bursts' medians: other programs only ever make a burst longer.
-    whole, rest = np.median(conversion.bursts(runners, rounds), axis=2).min(axis=1)
-    return max(float(whole - rest), _LEAST_MS)
+    with tempfile.TemporaryDirectory() as folder:
+      runners = [self._opened(sandwich(layer, *key), folder, 'with')]
+      if key not in self._without:
+        self._without[key] = self._opened(sandwich(None, *key), folder, 'without')
+      runners.append(self._without[key])
+      # From this first call on, no runtime needs its file.
+      rounds = int(np.clip(_SECONDS / (1e-2 * sum(conversion.quickest(runners, 1))), *_ROUNDS))
+    whole, rest = conversion.quickest(runners, rounds)
+    return max(whole - rest, _LEAST_MS)
 
-  def _opened(self, model):
-    # A runtime may read its file later, so each has a name of its own.
-    self._files += 1
-    folder = pathlib.Path(self._folder.name)
-    file = conversion.export(model, folder, [self._format], f'{self._files}')[0]
-    return conversion.open_file(file.path)
+  def _opened(self, model, folder, name):
+    return conversion.open_file(conversion.export(model, folder, [self._format], name)[0].path)
 
 
 def sandwich(layer, shape, data_format='channels_last'):

@@ -267,5 +267,32 @@ def test_a_smaller_model_is_faster_in_the_runtime(format_, tmp_path):
 
 
 def test_a_whole_net_is_timed():
-  channels = ChannelGraph(conv_net())
-  assert predicted(channels, {}, LatencyTable('tflite')) > 0.0
+  assert predicted(ChannelGraph(conv_net()), {}, LatencyTable('tflite')) > 0.0
+
+
+@pytest.mark.parametrize('format_', ['onnx', 'openvino'])
+def test_the_other_runtimes_time_a_layer(format_):
+  table = LatencyTable(format_)
+  assert table.milliseconds(layers.Conv2D(8, 3), (16, 16, 8)) > 0.0
+
+
+def test_every_kind_of_layer_is_timed():
+  timer = LayerTimer('tflite')
+  kinds = [
+    (layers.Conv1D(4, 3), (8, 6)),
+    (layers.Conv1DTranspose(4, 3), (8, 6)),
+    (layers.DepthwiseConv1D(3), (8, 6)),
+    (layers.SeparableConv1D(4, 3), (8, 6)),
+    (layers.Conv2D(4, 3, groups=2), (8, 8, 6)),
+    (layers.Conv2DTranspose(4, 3), (8, 8, 6)),
+    (layers.DepthwiseConv2D(3), (8, 8, 6)),
+    (layers.SeparableConv2D(4, 3), (8, 8, 6)),
+    (layers.Conv3D(4, 3), (8, 8, 8, 6)),
+    (layers.Conv3DTranspose(4, 3), (4, 4, 4, 6)),
+    (layers.Dense(4), (6,)),
+    (layers.Dense(4), (8, 6)),
+    (layers.EinsumDense('abc,cd->abd', (None, 4)), (8, 6)),
+  ]
+  assert {type(layer).__name__ for layer, _ in kinds} == set(targets.WEIGHTS_BY_TYPE)
+  for layer, shape in kinds:
+    assert timer(layer, shape) > 0.0

@@ -42,7 +42,7 @@ def measured(model, reference, format, rounds=30):
     model: a Keras model.
     reference: another, or the path of its exported file.
     format: one of `latency.RUNTIMES`.
-    rounds: of `conversion.bursts`; the median of their ratios counts.
+    rounds: of ten calls of each file, see `conversion.quickest`.
 
   Raises:
     UserError: see `conversion.export`.
@@ -52,8 +52,8 @@ def measured(model, reference, format, rounds=30):
       each if isinstance(each, str | pathlib.Path) else _export(each, folder, format, name)
       for name, each in (('model', model), ('reference', reference))
     ]
-    smaller, whole = np.median(conversion.bursts(paths, rounds), axis=2)
-  return float(np.median(smaller / whole))
+    smaller, whole = conversion.quickest(paths, rounds)
+  return smaller / whole
 
 
 def _export(model, folder, format, name):
