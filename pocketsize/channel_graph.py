@@ -167,7 +167,7 @@ class ChannelGraph:
 
   def roots(self, ids):
     """Returns the numbers that stand for the classes of channels."""
-    return np.array([self._root(number) for number in np.ravel(ids)], int).reshape(np.shape(ids))
+    return self._root_of[np.asarray(ids, int)]
 
   def dropped(self, keep):
     """Returns `is_dropped(ids)`, a function from channels to bools.
@@ -178,7 +178,7 @@ class ChannelGraph:
     Raises:
       UserError: an unknown group, a wrong size, or nothing kept.
     """
-    roots = []
+    is_gone = np.zeros(len(self._parents), bool)
     for name, kept in keep.items():
       if name not in self._roots:
         raise UserError(
@@ -190,22 +190,21 @@ class ChannelGraph:
           f'`keep` must have {len(self._roots[name])} values for group {name!r}. '
           f'Received: shape {kept.shape}.'
         )
-      roots.append(self._roots[name][~kept])
-    gone = np.concatenate([np.zeros(0, int), *roots])
+      is_gone[self._roots[name][~kept]] = True
+    is_gone = is_gone[self._root_of]
     for number, labels in self._labels.items():
-      if np.isin(self.roots(labels.ids), gone).all():
+      if is_gone[labels.ids].all():
         path = self.graph.producer(number).path
         raise UserError(f'`keep` must leave layer {path!r} at least one channel. Received: none.')
-    return lambda ids: np.isin(self.roots(ids), gone)
+    return lambda ids: is_gone[ids]
 
   def places(self, ids):
     """Returns {group name: for each of `ids` its place in the group, or -1}."""
-    found = {}
-    for index, root in enumerate(self.roots(ids).tolist()):
-      name, place = self._places.get(root, (None, -1))
-      if name is not None:
-        found.setdefault(name, np.full(len(ids), -1))[index] = place
-    return found
+    kinds, places = self._where[:, self.roots(ids)]
+    return {
+      self.groups[kind].name: np.where(kinds == kind, places, -1)
+      for kind in dict.fromkeys(kinds[kinds >= 0].tolist())
+    }
 
   @property
   def tensors(self):
@@ -225,12 +224,14 @@ class ChannelGraph:
     return number
 
   def _collect(self):
+    self._root_of = np.array([self._root(number) for number in range(len(self._parents))], int)
     makers = {}
     for path, ids in self._made.values():
       for position, root in enumerate(self.roots(ids).tolist()):
         makers.setdefault(root, {}).setdefault(path, []).append(position)
-    self.groups, self.frozen, by_makers = [], {}, {}
-    self._roots, self._places = {}, {}
+    self.groups, self.frozen, self._roots, by_makers = [], {}, {}, {}
+    # For each root the number of its group, or -1, and its place there.
+    self._where = np.full((2, len(self._parents)), -1)
     for root, positions in makers.items():
       if root in self._reasons:
         for path in positions:
@@ -245,4 +246,4 @@ class ChannelGraph:
       members = {path: np.array([makers[root][path] for root in roots]) for path, _ in key}
       self.groups.append(Group(name, len(roots), members))
       self._roots[name] = np.array(roots)
-      self._places |= {root: (name, place) for place, root in enumerate(roots)}
+      self._where[0, roots], self._where[1, roots] = len(self.groups) - 1, np.arange(len(roots))

@@ -75,6 +75,36 @@ def macs(graph):
   return sum(node_macs(graph, node) for node in graph.nodes)
 
 
+def macs_share(channels):
+  """Returns a function from `keep`, of `ChannelGraph.dropped`, to the share of MACs that it leaves.
+
+  Args:
+    channels: a `ChannelGraph`.
+  """
+  parts = {}
+  for node in channels.graph.nodes:
+    points = targets.weight_points(node.operation)
+    sizes = {point: math.prod(getattr(node.operation, point).shape) for point in points}
+    for point, size in sizes.items():
+      key = id(node.operation), point
+      macs = node_macs(channels.graph, node) * size / sum(sizes.values())
+      parts[key] = parts.get(key, 0.0) + macs
+  slices = [
+    part
+    for part in channels.slices
+    if part.role in ('in', 'out') and part.weight in targets.weight_points(part.layer)
+  ]
+
+  def remaining(keep):
+    is_dropped = channels.dropped(keep)
+    left = dict(parts)
+    for part in slices:
+      left[id(part.layer), part.weight] *= float(np.mean(~is_dropped(part.ids)))
+    return sum(left.values()) / sum(parts.values())
+
+  return remaining
+
+
 def nonzero_params(model):
   """Returns how many of a Keras model's weights are not zero."""
   return int(sum(np.count_nonzero(weight) for weight in model.get_weights()))

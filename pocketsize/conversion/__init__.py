@@ -10,7 +10,7 @@ from pocketsize.conversion.formats import (
 )
 from pocketsize.conversion.inspection import count_ops
 from pocketsize.conversion.runners import open_file
-from pocketsize.conversion.verification import latency, size, verify, verify_files
+from pocketsize.conversion.verification import latency, quickest, size, verify, verify_files
 
 __all__ = [
   'FORMATS',
@@ -22,6 +22,7 @@ __all__ = [
   'is_quantized',
   'latency',
   'open_file',
+  'quickest',
   'size',
   'verify',
   'verify_files',

@@ -9,11 +9,12 @@ import math
 
 import numpy as np
 
-from pocketsize import cost, targets
+from pocketsize.cost import macs_share
 from pocketsize.errors import UserError
 
-# With a target of MACs, kept shares are searched to this step.
+# With a budget, the ratio is searched in ever finer steps of a thousandth.
 _SHARES = 1000
+_STEPS = (100, 10, 1)
 
 
 def l1(rows):
@@ -89,7 +90,18 @@ def scores(channels, criterion='l2', seed=0):
   return totals
 
 
-def choose(channels, scores, *, ratio=None, macs=None, scope='group', multiple=1, skip=()):
+def choose(
+  channels,
+  scores,
+  *,
+  ratio=None,
+  macs=None,
+  cost=None,
+  budget=None,
+  scope='group',
+  multiple=1,
+  skip=(),
+):
   """Returns {group name: [channels] bool}, what `shrink` and `mask` take as `keep`.
 
   Args:
@@ -97,19 +109,30 @@ def choose(channels, scores, *, ratio=None, macs=None, scope='group', multiple=1
     scores: {group name: [channels]}; of equal scores the first go first.
     ratio: share of channels to drop, in [0, 1).
     macs: instead of `ratio`, share of the model's multiply-accumulates to keep at most, in (0, 1].
+    cost: instead of both, a function from such a dict to a share of what the whole model costs. It
+      may be noisy: little more may be dropped than had to be, never too little.
+    budget: of `cost`, the share to keep at most, in (0, 1].
     scope: 'group' drops the same share of every group, 'network' the least of all channels.
     multiple: every group keeps a multiple of it, rounded up; groups that are smaller stay whole.
     skip: names of groups that stay whole.
 
   Raises:
-    UserError: a value out of range, or `macs` below what is left of one `multiple` in each group.
+    UserError: a value out of range, or `macs` or `budget` below what is left of one `multiple` in
+      each group.
   """
-  if (ratio is None) == (macs is None):
-    raise UserError(f'Give either `ratio` or `macs`. Received: {ratio} and {macs}.')
+  if (ratio, macs, cost).count(None) != 2:
+    raise UserError(
+      f'Give either `ratio` or `macs`, or `cost` with `budget`. Received: {ratio}, {macs}, {cost}.'
+    )
+  if (cost is None) != (budget is None):
+    raise UserError(f'`cost` and `budget` go together. Received: {cost} and {budget}.')
   if ratio is not None and not 0.0 <= ratio < 1.0:
     raise UserError(f'`ratio` is the share to drop and must be in [0, 1). Received: {ratio}.')
-  if macs is not None and not 0.0 < macs <= 1.0:
-    raise UserError(f'`macs` is the share to keep and must be in (0, 1]. Received: {macs}.')
+  name = 'budget' if macs is None else 'macs'
+  if macs is not None:
+    cost, budget = macs_share(channels), macs
+  if budget is not None and not 0.0 < budget <= 1.0:
+    raise UserError(f'`{name}` is the share to keep and must be in (0, 1]. Received: {budget}.')
   if scope not in ('group', 'network'):
     raise UserError(f"`scope` must be 'group' or 'network'. Received: {scope!r}.")
   if multiple < 1:
@@ -127,42 +150,38 @@ def choose(channels, scores, *, ratio=None, macs=None, scope='group', multiple=1
 
   if ratio is not None:
     return keep_at(ratio)
-  # The cost falls with the ratio, so the least ratio that meets the target is found by bisection.
-  low, high = 0, _SHARES
-  while low < high:
-    middle = (low + high) // 2
-    if remaining_macs(channels, keep_at(middle / _SHARES)) <= macs:
-      high = middle
-    else:
-      low = middle + 1
-  keep = keep_at(low / _SHARES)
-  least = remaining_macs(channels, keep)
-  if least > macs:
-    raise UserError(
-      f'`macs` cannot be met: with {multiple} channels in every group {least:.3f} are left. '
-      f'Received: {macs}.'
-    )
-  return keep
+  return _within(keep_at, cost, budget, f'`{name}` cannot be met: with {multiple} channels in')
+
+
+def _within(keep_at, cost, budget, complaint):
+  """Returns `keep_at` the least ratio found that `cost` says meets the budget.
+
+  The cost falls with the ratio, but for noise: so the first step that meets the budget is looked
+  for, and before it, where it is not met, the same in smaller steps.
+  """
+  costs_by_counts = {}
+
+  def cost_at(share):
+    keep = keep_at(share / _SHARES)
+    counts = tuple(int(np.sum(kept)) for kept in keep.values())
+    if counts not in costs_by_counts:
+      costs_by_counts[counts] = cost(keep)
+    return costs_by_counts[counts]
+
+  high = width = _SHARES
+  for step in _STEPS:
+    shares = range(max(high - width, 0), high + 1, step)
+    high = next((share for share in shares if cost_at(share) <= budget), None)
+    if high is None:
+      least = min(costs_by_counts.values())
+      raise UserError(f'{complaint} every group {least:.3f} are left. Received: {budget}.')
+    width = step
+  return keep_at(high / _SHARES)
 
 
 def remaining_macs(channels, keep):
   """Returns the share of the model's multiply-accumulates that `keep` leaves."""
-  is_dropped = channels.dropped(keep)
-  shares = {}
-  for part in channels.slices:
-    if part.role in ('in', 'out') and part.weight in targets.weight_points(part.layer):
-      key = id(part.layer), part.weight
-      shares[key] = shares.get(key, 1.0) * float(np.mean(~is_dropped(part.ids)))
-  total = left = 0.0
-  for node in channels.graph.nodes:
-    macs = cost.node_macs(channels.graph, node)
-    total += macs
-    points = targets.weight_points(node.operation)
-    sizes = {point: math.prod(getattr(node.operation, point).shape) for point in points}
-    for point, size in sizes.items():
-      share = shares.get((id(node.operation), point), 1.0)
-      left += macs * share * size / sum(sizes.values())
-  return left / total
+  return macs_share(channels)(keep)
 
 
 def _counts(scores, scope, multiple):
