@@ -14,6 +14,8 @@ from pocketsize.errors import UserError
 
 # With a target of MACs, kept shares are searched to this step.
 _SHARES = 1000
+# A ratio below 1 that leaves a group no more than one `multiple`.
+_MOST = 1.0 - 1e-9
 
 
 def l1(rows):
@@ -46,7 +48,7 @@ def geometric_median(rows):
 CRITERIA = {'l1': l1, 'l2': l2, 'geometric_median': geometric_median}
 
 
-def scores(channels, criterion='l2', seed=0):
+def scores(channels, criterion='l2', seed=0, skip=()):
   """Returns {group name: [channels] scores}; the least goes first.
 
   Args:
@@ -55,6 +57,7 @@ def scores(channels, criterion='l2', seed=0):
       depthwise ones do; 'bn_scale' for
       the magnitude of the batch norms' factors (Liu et al. 2017, arXiv:1708.06519); or 'random'.
     seed: of 'random'.
+    skip: names of groups that may have no score.
 
   Raises:
     UserError: an unknown criterion, or 'bn_scale' for channels that no batch norm scales.
@@ -80,7 +83,7 @@ def scores(channels, criterion='l2', seed=0):
       known = places >= 0
       np.add.at(totals[name], places[known], values[known])
       scaled.add(name)
-  missing = [name for name in totals if name not in scaled]
+  missing = [name for name in totals if name not in scaled and name not in skip]
   if missing:
     raise UserError(
       f'Criterion {criterion!r} needs a batch norm behind every layer to prune. '
@@ -110,6 +113,36 @@ def choose(channels, scores, *, ratio=None, macs=None, scope='group', multiple=1
     raise UserError(f'`ratio` is the share to drop and must be in [0, 1). Received: {ratio}.')
   if macs is not None and not 0.0 < macs <= 1.0:
     raise UserError(f'`macs` is the share to keep and must be in (0, 1]. Received: {macs}.')
+  if macs is not None:
+    ratio = ratio_for(channels, scores, macs, scope=scope, multiple=multiple, skip=skip)
+  return _chooser(channels, scores, scope, multiple, skip)(ratio)
+
+
+def ratio_for(channels, scores, macs, *, scope='group', multiple=1, skip=()):
+  """Returns the least `ratio` with which `choose` meets a target of `macs`, in [0, 1).
+
+  Args and errors: see `choose`.
+  """
+  keep_at = _chooser(channels, scores, scope, multiple, skip)
+  # The cost falls with the ratio, so the least ratio that meets the target is found by bisection.
+  low, high = 0, _SHARES
+  while low < high:
+    middle = (low + high) // 2
+    if remaining_macs(channels, keep_at(middle / _SHARES)) <= macs:
+      high = middle
+    else:
+      low = middle + 1
+  least = remaining_macs(channels, keep_at(low / _SHARES))
+  if least > macs:
+    raise UserError(
+      f'`macs` cannot be met: with {multiple} channels in every group {least:.3f} are left. '
+      f'Received: {macs}.'
+    )
+  return min(low / _SHARES, _MOST)
+
+
+def _chooser(channels, scores, scope, multiple, skip):
+  """Returns a function from the ratio to the `keep` of `choose`."""
   if scope not in ('group', 'network'):
     raise UserError(f"`scope` must be 'group' or 'network'. Received: {scope!r}.")
   if multiple < 1:
@@ -121,28 +154,7 @@ def choose(channels, scores, *, ratio=None, macs=None, scope='group', multiple=1
     )
   pruned = {name: values for name, values in scores.items() if name not in skip}
   count = _counts(pruned, scope, multiple)
-
-  def keep_at(ratio):
-    return _without_empty_tensors(channels, scores, _kept(scores, count(ratio)))
-
-  if ratio is not None:
-    return keep_at(ratio)
-  # The cost falls with the ratio, so the least ratio that meets the target is found by bisection.
-  low, high = 0, _SHARES
-  while low < high:
-    middle = (low + high) // 2
-    if remaining_macs(channels, keep_at(middle / _SHARES)) <= macs:
-      high = middle
-    else:
-      low = middle + 1
-  keep = keep_at(low / _SHARES)
-  least = remaining_macs(channels, keep)
-  if least > macs:
-    raise UserError(
-      f'`macs` cannot be met: with {multiple} channels in every group {least:.3f} are left. '
-      f'Received: {macs}.'
-    )
-  return keep
+  return lambda ratio: without_empty_tensors(channels, scores, _kept(scores, count(ratio)))
 
 
 def remaining_macs(channels, keep):
@@ -194,7 +206,7 @@ def _kept(scores, counts):
   return keep
 
 
-def _without_empty_tensors(channels, scores, keep):
+def without_empty_tensors(channels, scores, keep):
   """Returns `keep` with the best channel of each tensor, such as a slice, that would lose all."""
   for ids in channels.tensors:
     places = channels.places(ids)
