@@ -60,7 +60,8 @@ class ChannelMask(Transform):
 
       return x * mask, gradient
 
-    return masked(x, mask)
+    # A variable itself would be taken for one that the function reads beside its arguments.
+    return masked(tf.convert_to_tensor(x), mask)
 
   def get_config(self):
     return {**super().get_config(), 'axis': self.axis, 'observes': self.observes}

@@ -36,6 +36,9 @@ class FilterPruning(Compressor):
   """Masks the least important channels of each group that the rules choose.
 
   With several rules a group takes the configuration of the layer it is named after.
+
+  Attributes:
+    configs: {group name: its `FilterConfig`}; filled by `plan`.
   """
 
   Config = FilterConfig
@@ -43,7 +46,7 @@ class FilterPruning(Compressor):
   def plan(self, graph):
     self._keep_shift = self._one_keep_shift()
     channels = ChannelGraph(graph.model, self._keep_shift)
-    self._configs, self.skipped = selection.select(channels, self.rules)
+    self.configs, self.skipped = selection.select(channels, self.rules)
     self._check(channels)
     return [
       Placement(path, part.weight, ChannelMask(part.axis, observes))
@@ -59,7 +62,7 @@ class FilterPruning(Compressor):
     return found == {False}
 
   def _check(self, channels):
-    configs = list(dict.fromkeys(self._configs.values()))
+    configs = list(dict.fromkeys(self.configs.values()))
     for config in configs:
       if len(configs) > 1 and (config.macs is not None or config.scope == 'network'):
         raise UserError(
@@ -76,12 +79,12 @@ class FilterPruning(Compressor):
     """Yields (path, `Slice`, whether gradients are observed) of every mask."""
     for part in channels.slices:
       places = channels.places(part.ids)
-      names = [name for name in places if name in self._configs]
+      names = [name for name in places if name in self.configs]
       if part.role not in ('out', 'shift') or not names:
         continue
       pruned = np.any([places[name] >= 0 for name in names], axis=0)
       observes = taylor.is_observed(part) and any(
-        self._configs[name].criterion == 'taylor' for name in names
+        self.configs[name].criterion == 'taylor' for name in names
       )
       if observes or (pruned & zeroed(channels, part)).any():
         for path, layer in channels.graph.layers.items():
@@ -122,7 +125,7 @@ class FilterPruning(Compressor):
   def update(self, step):
     if self._observed:
       self._square_pending()
-    due = [config for config in dict.fromkeys(self._configs.values()) if config.is_due(step)]
+    due = [config for config in dict.fromkeys(self.configs.values()) if config.is_due(step)]
     if not due:
       return
     keep = self.keep()
@@ -130,7 +133,7 @@ class FilterPruning(Compressor):
     for config in due:
       chosen, values = self._chosen(config, step)
       for name in chosen:
-        if self._configs.get(name) == config:
+        if self.configs.get(name) == config:
           keep[name], scores[name] = chosen[name], values[name]
     keep = filters.without_empty_tensors(self._channels, scores, keep)
     for transform, _, places_by_group, may_be_zero in self._masks:
@@ -158,7 +161,7 @@ class FilterPruning(Compressor):
         {group.name: np.full(group.size, value) for group in self._channels.groups}
         for value in (True, 0.0)
       ]
-    scores = self._scores(config)
+    scores = self.scores(config)
     if config.macs is None:
       return self._choose(self._channels, config, scores, config.ratio_at(step)), scores
     final = filters.ratio_for(
@@ -183,9 +186,14 @@ class FilterPruning(Compressor):
     )
 
   def _skip(self, channels, config):
-    return [group.name for group in channels.groups if self._configs.get(group.name) != config]
+    return [group.name for group in channels.groups if self.configs.get(group.name) != config]
 
-  def _scores(self, config):
+  def scores(self, config):
+    """Returns {group name: [channels] scores} by which the groups with `config` are pruned now.
+
+    Raises:
+      UserError: criterion 'taylor' has seen no gradient.
+    """
     if config.criterion != 'taylor':
       skip = self._skip(self._channels, config)
       return filters.scores(self._channels, config.criterion, config.seed, skip)
@@ -199,16 +207,16 @@ class FilterPruning(Compressor):
     return self._sums.scores(values / batches)
 
   def stage(self, step):
-    if any(step < config.last_step for config in self._configs.values()):
+    if any(step < config.last_step for config in self.configs.values()):
       return Stage.PARTIAL
     return Stage.FULL
 
   def statistics(self):
-    if not self._configs:
+    if not self.configs:
       return {'channels_dropped': 0.0, 'macs_left': 1.0}
     keep = self.keep()
-    kept = [keep[name].mean() * len(keep[name]) for name in self._configs]
-    total = sum(len(keep[name]) for name in self._configs)
+    kept = [keep[name].mean() * len(keep[name]) for name in self.configs]
+    total = sum(len(keep[name]) for name in self.configs)
     return {
       'channels_dropped': 1.0 - float(sum(kept)) / total,
       'macs_left': float(filters.remaining_macs(self._channels, keep)),

@@ -98,7 +98,7 @@ def taylor_scores(model, channels, batches, loss):
     with tf.GradientTape() as tape:
       tape.watch(weights)
       value = tf.reduce_mean(loss(y, model(x, training=False)))
-    gradients = tape.gradient(value, weights, tf.UnconnectedGradients.ZERO)
+    gradients = tape.gradient(value, weights, unconnected_gradients=tf.UnconnectedGradients.ZERO)
     sums = [
       contributions(gradient, weight, part.axis)
       for gradient, weight, part in zip(gradients, weights, parts, strict=True)
