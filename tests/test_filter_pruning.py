@@ -422,6 +422,10 @@ def test_importances_seen_in_training_against_the_slow_loop(prune_batch_norms):
   compressor.update(4)
   kept = np.flatnonzero(compressor.keep()['a'])
   np.testing.assert_array_equal(kept, np.sort(np.argsort(expected)[3:]))
+  # Masks that only watch zero nothing.
+  masked = mask(model.source, compressor.keep(), keep_shift=not prune_batch_norms)
+  for one, other in zip(masked.weights, pocketsize.strip(model).weights, strict=True):
+    np.testing.assert_array_equal(other, one, err_msg=one.path)
 
 
 def test_a_layer_called_twice_is_squared_once():
@@ -443,6 +447,28 @@ def test_a_layer_called_twice_is_squared_once():
   expected = slow_importances(twice(), [(x, y)], parts, training=True)
   ((name, config),) = compressor.configs.items()
   np.testing.assert_allclose(compressor.scores(config)[name], expected, rtol=1e-4)
+
+
+def test_a_masked_channel_is_judged_by_its_latent_weights():
+  """Behind tanh, whose slope at zero is one, masked channels have a gradient like the others."""
+  x = inputs = keras.Input((5,))
+  x = layers.Dense(6, activation='tanh', use_bias=False, name='first')(x)
+  model, compressor = pruned(
+    topologies.randomized(keras.Model(inputs, layers.Dense(4, name='head')(x))), **TAYLOR
+  )
+  for transform in model.transforms:
+    transform.mask.assign(np.float32([0, 1, 0, 1, 1, 1]))
+  x, y = np.random.default_rng(0).normal(size=(8, 5)).astype('float32'), labels()
+  with tf.GradientTape() as tape:
+    loss = tf.reduce_mean(cross_entropy(y, model(x, training=True)))
+  kernel = model.source.get_layer('first').kernel
+  gradient = np.array(tape.gradient(loss, kernel.value))
+  assert not gradient[:, 0].any() and gradient[:, 1].all()
+  compressor.update(1)
+  scores = compressor.scores(compressor.configs['first'])['first']
+  assert scores.min() > 1e-6
+  expected = (gradient[:, 1] * np.array(kernel)[:, 1]).sum() ** 2
+  np.testing.assert_allclose(scores[1], expected, rtol=1e-4)
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ class FilterConfig:
     macs: share of the model's multiply-accumulates to keep at most, in (0, 1]; the schedule goes to
       the ratio that meets it.
     criterion: what the least important channels are told by: 'l1', 'l2' or 'geometric_median' of
-      the kernels, 'bn_scale', 'taylor' (needs `begin_step` above 0 where the first ratio is) or
-      'random'.
+      the kernels, 'bn_scale', 'random', or 'taylor' by the gradients of training (so nothing can be
+      dropped at step 0).
     scope: 'group' drops the same share of every group, 'network' the least of all channels.
     schedule: 'once' drops at `begin_step` and keeps to it; 'baseline' drops the whole ratio at
       `begin_step` and chooses anew until `end_step`; 'exponential', 'exponential_with_bias' and
