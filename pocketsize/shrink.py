@@ -9,6 +9,7 @@ import numpy as np
 from pocketsize.channel_graph import ChannelGraph
 from pocketsize.errors import UserError
 from pocketsize.graph import Graph, copied, functional
+from pocketsize.instrument import Instrumented
 from pocketsize.pruning import filters
 
 
@@ -66,8 +67,13 @@ def compact(model, keep_shift=None):
       channels to drop.
 
   Raises:
-    UserError: see `ChannelGraph`.
+    UserError: an instrumented model; see `ChannelGraph` also.
   """
+  if isinstance(model, Instrumented):
+    raise UserError(
+      '`compact` takes an ordinary model: give it what `strip` returns. '
+      f'Received: instrumented model {model.name!r}.'
+    )
   found = {}
   for kept_shift in (False, True) if keep_shift is None else (keep_shift,):
     channels = ChannelGraph(model, kept_shift)

@@ -136,6 +136,11 @@ def test_compact_with_a_given_treatment_of_shifts():
   )
 
 
+def test_compact_of_an_instrumented_model_is_refused():
+  with pytest.raises(UserError, match='give it what `strip` returns'):
+    pocketsize.compact(pruned(wide(), ratio=0.5)[0])
+
+
 def test_compact_leaves_what_is_not_zero_and_one_channel_where_all_are():
   model = net(residual)
   assert pocketsize.compact(model).count_params() == model.count_params()
@@ -525,11 +530,23 @@ def test_twenty_and_twenty_steps_are_forty_with_taylor(deterministic, tmp_path):
   assert sizes(stack.compressors[0].keep()) == {'a': 3}
 
 
-def test_taylor_without_gradients_is_refused():
-  with pytest.raises(UserError, match=r'no gradient yet: give `begin_step` .*taylor_scores'):
-    pruned(chain(), ratio=0.5, criterion='taylor')
+@pytest.mark.parametrize(
+  'config',
+  [
+    {},
+    {'schedule': 'exponential'},
+    {'schedule': 'baseline', 'end_step': 5},
+    {'schedule': 'polynomial', 'begin_step': 3, 'initial_ratio': 0.1},
+  ],
+)
+def test_taylor_at_step_0_is_refused(config):
+  with pytest.raises(UserError, match='no gradient at step 0: give `begin_step` .*taylor_scores'):
+    pruned(chain(), ratio=0.5, criterion='taylor', **config)
+
+
+def test_taylor_without_data_is_refused():
   model, compressor = pruned(chain(), ratio=0.5, criterion='taylor', begin_step=1)
-  with pytest.raises(UserError, match=r'no gradient yet.* begin_step=1'):
+  with pytest.raises(UserError, match=r'seen no gradient: train .* Received: begin_step=1'):
     compressor.update(1)
   with pytest.raises(UserError, match='at least one. Received none'):
     taylor.taylor_scores(model, ChannelGraph(model.source), [], cross_entropy)

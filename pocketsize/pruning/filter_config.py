@@ -86,6 +86,12 @@ class FilterConfig:
         "`initial_ratio` must be in [0, 1) and not above `ratio`, and 0 with schedule 'once'. "
         f'Received: {self.initial_ratio}.'
       )
+    if self.criterion == 'taylor' and not self.drops_nothing_at(0):
+      raise UserError(
+        "Criterion 'taylor' has seen no gradient at step 0: give `begin_step` above 0 and "
+        '`initial_ratio` 0, or score with `pocketsize.pruning.taylor.taylor_scores`. '
+        f'Received: {self.begin_step} and {self.initial_ratio}.'
+      )
     if self.ratio is not None and self.end_step > self.begin_step:
       # Raises if there is no such curve.
       self.ratio_at(self.begin_step + 0.5 * (self.end_step - self.begin_step))

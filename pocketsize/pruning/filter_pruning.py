@@ -200,8 +200,9 @@ class FilterPruning(Compressor):
     batches = max(float(mask.transform.batches) for mask in self._observed)
     if not batches:
       raise UserError(
-        "Criterion 'taylor' has seen no gradient yet: give `begin_step` above 0, or score with "
-        f'`pocketsize.pruning.taylor.taylor_scores`. Received: begin_step={config.begin_step}.'
+        "Criterion 'taylor' has seen no gradient: train this model before its first masks, "
+        'or score with `pocketsize.pruning.taylor.taylor_scores`. '
+        f'Received: begin_step={config.begin_step} and no training step.'
       )
     values = self._sums.from_slices([mask.transform.importance for mask in self._observed])
     return self._sums.scores(values / batches)
