@@ -91,4 +91,6 @@ class Headed(Instrumented):
         read.setdefault(node.path, outputs)
 
     logits = self.run(inputs, training, observe=observe)
-    return keras.ops.concatenate([logits, self.head(read[self.read_path], training=training)], axis=-1)
+    return keras.ops.concatenate(
+      [logits, self.head(read[self.read_path], training=training)], axis=-1
+    )
