@@ -1,41 +1,19 @@
 """What the channel pruning learners share: the course of a selection, kept step by step."""
 
 import abc
-import dataclasses
 import math
 
 import numpy as np
 
+from learners.channel_targets import kept_counts
 from learners.learner import Learner
 from learners.progress import ProgressReport
 from pocketsize.channel_graph import ChannelGraph
 from pocketsize.errors import UserError
 from pocketsize.files import write_json
-from pocketsize.options import check_options, option
 from pocketsize.pruning import units
 from pocketsize.pruning.layerwise import Layerwise
 from pocketsize.saving import save_model
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ChannelConfig:
-  """Flags of every learner that chooses channels layer by layer."""
-
-  channel_trunk: str = option(
-    'shared',
-    'channels that several layers read, as on a residual trunk: chosen by all readers together, by '
-    'each for itself behind a channel sampler, or left whole',
-    choices=units.TRUNKS,
-  )
-  channel_multiple: int = option(
-    1, 'every layer keeps a multiple of it, rounded up; runtimes like 8', lower=1
-  )
-  channel_memory: float = option(
-    2.0, "GiB for the samples' activations while channels are chosen", above=0
-  )
-
-  def __post_init__(self):
-    check_options(self)
 
 
 class ChannelLearner(Learner):
@@ -97,7 +75,10 @@ class ChannelLearner(Learner):
       ]
     )
     ratios = {unit.name: min(by_path.get(path, dense) for path in unit.readers) for unit in found}
-    return found, units.counts(found, ratios, self.multiple(), self.rounding), skipped
+    counts = kept_counts(
+      self.config, channels, found, ratios, self.multiple(), self.rounding, self.folder
+    )
+    return found, counts, skipped
 
   def multiple(self):
     """Returns what every layer keeps a multiple of."""
