@@ -4,7 +4,8 @@ import dataclasses
 
 import numpy as np
 
-from learners.channels import ChannelConfig, ChannelLearner
+from learners.channel_targets import ChannelConfig
+from learners.channels import ChannelLearner
 from pocketsize.errors import UserError
 from pocketsize.options import option
 from pocketsize.pruning.discrimination import Discrimination, DiscriminationAware, Diverged

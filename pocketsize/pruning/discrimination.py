@@ -4,7 +4,7 @@ PocketFlow's `dis-chn-pruned`. The convolutions are cut into blocks. A classifie
 block, its head, has a loss L_p; that of the last block is the network's own. First all weights are
 tuned with the head (`headed`), then each layer of the block adds channels one by one: the one whose
 weights have the largest squared gradient of L_M + L_p, where L_M is the mean squared error of the
-layer's outputs (equations 3 to 6 and algorithm 2). After each, the layer's kernel is tuned.
+layer's outputs (section 3.2; algorithms 1 and 2). After each, the layer's kernel is tuned.
 
 Deviation 1: a channel joins with the weights that it had, as in the paper; PocketFlow set the
   weights of all but the first channel to zero before they joined.
@@ -17,7 +17,7 @@ Deviation 4: dense layers that read chosen channels choose like convolutions.
 Deviation 5: while a layer chooses, batch norms use their moving statistics, so that the numbers
   are those of the model that is kept; the samples are a fixed set, in a fixed order.
 Deviation 6: L_M is that of the outputs before an activation in the layer, which has no gradient
-  where no channel has joined.
+  where no channel has joined; it has not the paper's factor 1/2.
 """
 
 import dataclasses
@@ -103,14 +103,8 @@ class DiscriminationAware(Layerwise):
     self.blocks = {f'block{number}': end for number, end in enumerate([*ends, None], start=1)}
     self._ends = {end: self._first(end).outputs[0] for end in ends}
     self._heads = {
-      end: make_head(
-        self._original.shape(self._ends[end]),
-        layers[end],
-        self._classes,
-        seed,
-        f'head{number}',
-      )
-      for number, end in enumerate(ends, start=1)
+      end: make_head(self._original.shape(tensor), layers[end], self._classes, seed)
+      for end, tensor in self._ends.items()
     }
     self._ends[None], self._heads[None] = self._original.outputs[0], None
     self._block = {path: self._block_of(path) for path in self.steps[1:]}

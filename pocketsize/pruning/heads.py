@@ -46,13 +46,14 @@ def block_ends(convolutions, stages):
   ]
 
 
-def make_head(shape, layer, count, seed, name):
+def make_head(shape, layer, count, seed):
   """Returns a classifier of a convolution's output: batch norm, ReLU, mean over places, dense.
 
   Args:
     shape: of the output, with the batch.
     layer: the convolution.
     count: classes.
+    seed: of the dense layer's weights.
   """
   axis = 1 if layer.data_format == 'channels_first' else -1
   pool = getattr(keras.layers, f'GlobalAveragePooling{len(shape) - 2}D')
@@ -65,8 +66,7 @@ def make_head(shape, layer, count, seed, name):
       keras.layers.ReLU(),
       pool(data_format=layer.data_format),
       keras.layers.Dense(count, kernel_initializer=initializer),
-    ],
-    name=name,
+    ]
   )
 
 
