@@ -21,9 +21,9 @@ from pocketsize.pruning.discrimination import (
   Discrimination,
   DiscriminationAware,
   Diverged,
-  channel_scores,
 )
 from pocketsize.pruning.heads import block_ends, classes
+from pocketsize.pruning.tail import channel_scores
 from tests.toys import conv_net, images, labels
 
 
@@ -276,6 +276,23 @@ def test_memory_does_not_change_the_result(memory):
     do_all(course).model.get_weights(), reference.model.get_weights(), strict=True
   ):
     np.testing.assert_array_equal(one, other)
+
+
+def test_workers_with_equal_samples_choose_what_one_does():
+  model = conv_net()
+  found, _ = units.units(ChannelGraph(model))
+  course = DiscriminationAware(
+    model,
+    found,
+    units.counts(found, 0.5),
+    Discrimination(1, 0.01, 2),
+    batches(),
+    cross_entropy,
+    seed=3,
+    total=lambda array: array + array,
+  )
+  for one, other in zip(do_all(course).variables, do_all(course_of(model)).variables, strict=True):
+    np.testing.assert_array_equal(np.array(one), np.array(other))
 
 
 def test_a_model_that_is_no_classifier_is_refused():

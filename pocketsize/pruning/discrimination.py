@@ -23,7 +23,6 @@ Deviation 6: L_M is that of the outputs before an activation in the layer, which
 import dataclasses
 
 import numpy as np
-import tensorflow as tf
 
 from pocketsize.errors import UserError
 from pocketsize.instrument import instrument, strip
@@ -31,7 +30,7 @@ from pocketsize.pruning import units as units_module
 from pocketsize.pruning.heads import Headed, block_ends, classes, make_head
 from pocketsize.pruning.ista import adam
 from pocketsize.pruning.layerwise import MEMORY, Layerwise
-from pocketsize.pruning.tail import Tail
+from pocketsize.pruning.tail import Tail, channel_scores, kernel_gradients
 
 # From which the channels of several readers are chosen.
 SURVEY_BATCHES = 8
@@ -61,12 +60,6 @@ class Discrimination:
 
 class Diverged(UserError):
   """A loss is not finite."""
-
-
-def channel_scores(gradient):
-  """Returns [inputs] sums of squares of a kernel's gradient, [..., inputs, outputs]."""
-  squares = np.square(np.asarray(gradient, np.float64)).sum(axis=-1)
-  return squares.reshape(-1, squares.shape[-1]).sum(axis=0)
 
 
 class DiscriminationAware(Layerwise):
@@ -161,19 +154,10 @@ class DiscriminationAware(Layerwise):
   def _squares(self, paths):
     """Returns {path: [inputs] squared gradients of the loss in the original, summing to 1}."""
     paths = sorted(paths)
-    kernels = [self._original.layers[path].kernel.value for path in paths]
-
-    @tf.function
-    def gradients(arrays, y):
-      with tf.GradientTape(watch_accessed_variables=False) as tape:
-        tape.watch(kernels)
-        loss = self._loss(y, self._original.run(arrays, training=False)[0])
-      return loss, tape.gradient(loss, kernels)
-
+    gradients = kernel_gradients(self._original, paths, self._loss)
     squares = dict.fromkeys(paths, 0.0)
     for x, y in list(zip(self._batches, self._labels, strict=True))[:SURVEY_BATCHES]:
-      arrays = x if isinstance(x, list | tuple) else [x]
-      loss, found = gradients([tf.convert_to_tensor(array) for array in arrays], tf.constant(y))
+      loss, found = gradients(x, y)
       self._check('The original model', self._total(np.array(loss)))
       for path, gradient in zip(paths, found, strict=True):
         squares[path] = squares[path] + channel_scores(gradient)

@@ -1,9 +1,41 @@
-"""The part of a model from a layer to a loss, and the gradient by the layer's kernel."""
+"""Gradients of a loss by kernels, where only the part of a model behind a layer is computed."""
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from pocketsize.instrument import with_preactivation
+
+
+def channel_scores(gradient):
+  """Returns [inputs] sums of squares of a kernel's gradient, [..., inputs, outputs]."""
+  squares = np.square(np.asarray(gradient, np.float64)).sum(axis=-1)
+  return squares.reshape(-1, squares.shape[-1]).sum(axis=0)
+
+
+def kernel_gradients(graph, paths, loss):
+  """Returns a function (inputs, labels) -> (loss, its gradients by the kernels of some layers).
+
+  Args:
+    graph: `Graph` of a model with one output; it runs in inference mode.
+    paths: of the layers.
+    loss: `loss(labels, output)`, a scalar.
+  """
+  kernels = [graph.layers[path].kernel.value for path in paths]
+
+  @tf.function
+  def compute(arrays, labels):
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+      tape.watch(kernels)
+      value = loss(labels, graph.run(arrays, training=False)[0])
+    return value, tape.gradient(value, kernels)
+
+  def gradients(inputs, labels):
+    arrays = inputs if isinstance(inputs, list | tuple) else [inputs]
+    arrays = [tf.convert_to_tensor(array) for array in arrays]
+    return compute(arrays, tf.convert_to_tensor(labels))
+
+  return gradients
 
 
 class Tail:
