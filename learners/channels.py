@@ -13,7 +13,6 @@ from pocketsize.errors import UserError
 from pocketsize.files import write_json
 from pocketsize.pruning import units
 from pocketsize.pruning.layerwise import Layerwise
-from pocketsize.saving import save_model
 
 
 class ChannelLearner(Learner):
@@ -49,16 +48,13 @@ class ChannelLearner(Learner):
     return self.helper.epochs()
 
   def check(self):
-    self.plan(self._loaded(self.run.pretrained) if self.run.pretrained else self.helper.build())
+    self.plan(self.source())
     super().check()
 
   def prepared(self, model):
-    path = self.folder / 'pruned.keras'
     found, counts, self.skipped = self.plan(model)
-    if not self.runtime.broadcast(path.exists()):
-      pruned = self._pruned(model, found, counts)
-      self._on_chief(lambda: self._keep(pruned, found, counts))
-    return self._loaded(path)
+    self._on_chief(lambda: self._describe(found, counts))
+    return self.kept('pruned.keras', lambda: self._pruned(model, found, counts))
 
   def plan(self, model):
     """Returns (list of `Unit`s, {unit name: channels to keep}, {path: why it is left alone})."""
@@ -84,8 +80,8 @@ class ChannelLearner(Learner):
     """Returns what every layer keeps a multiple of."""
     return self.config.channel_multiple
 
-  def _keep(self, pruned, found, counts):
-    """Writes channels.json and pruned.keras."""
+  def _describe(self, found, counts):
+    """Writes channels.json."""
     entries = [
       {
         'name': unit.name,
@@ -96,7 +92,6 @@ class ChannelLearner(Learner):
       for unit in found
     ]
     write_json(self.folder / 'channels.json', entries)
-    save_model(pruned, self.folder / 'pruned.keras')
 
   def _pruned(self, model, found, counts):
     course = self.course(model, found, counts)
