@@ -244,8 +244,24 @@ def test_the_survey_sums_relative_squared_gradients_of_all_readers():
 
 def test_a_loss_that_is_not_finite_names_the_layer():
   course = course_of(conv_net(), rate=1e30, iterations=3)
-  with pytest.raises(Diverged, match="Layer 'conv1': the loss .* a lower `rate`"):
+  with pytest.raises(Diverged, match="Layer 'conv1': the loss or a weight .* a lower `rate`"):
     do_all(course)
+
+
+def test_a_layer_is_traced_once_however_many_channels_join():
+  calls = []
+  course = course_of(conv_net(), stages=0, iterations=3)
+  course._loss = lambda y, logits: calls.append(1) or cross_entropy(y, logits)
+  course.do('survey')
+  course.do('conv1')
+  assert len(calls) == 1
+
+
+def test_a_loss_of_the_original_that_is_not_finite_is_found_by_the_survey():
+  model = residual_net()
+  model.get_layer('stem').kernel.assign(np.full((3, 3, 3, 4), np.nan))
+  with pytest.raises(Diverged, match='The original model'):
+    course_of(model).do('survey')
 
 
 def test_a_state_that_was_saved_goes_on_as_if_nothing_had_been():

@@ -94,29 +94,27 @@ class DiscriminationAware(Layerwise):
     ]
     ends = block_ends(convolutions, method.stages)
     self.blocks = {f'block{number}': end for number, end in enumerate([*ends, None], start=1)}
-    self._ends = {end: self._first(end).outputs[0] for end in ends}
+    first = {}
+    for index, node in enumerate(self._original.nodes):
+      first.setdefault(node.path, index)
+    self._ends = {end: self._original.nodes[first[end]].outputs[0] for end in ends}
     self._heads = {
       end: make_head(self._original.shape(tensor), layers[end], self._classes, seed)
       for end, tensor in self._ends.items()
     }
     self._ends[None], self._heads[None] = self._original.outputs[0], None
-    self._block = {path: self._block_of(path) for path in self.steps[1:]}
+    self._block = {
+      path: next(
+        block for block, end in self.blocks.items() if not end or self._index[path] <= first[end]
+      )
+      for path in self.steps[1:]
+    }
     chosen = {path for unit in units if counts[unit.name] < unit.size for path in unit.readers}
     self.steps = ['survey']
     for block in self.blocks:
       self.steps += [block, *(p for p, own in self._block.items() if own == block and p in chosen)]
     self.variables += [weight for head in self._heads.values() if head for weight in head.weights]
     self.losses = {}
-
-  def _first(self, path):
-    return next(node for node in self._original.nodes if node.path == path)
-
-  def _block_of(self, path):
-    """Returns the block in which a layer is executed."""
-    places = {node.outputs[0]: index for index, node in enumerate(self._original.nodes)}
-    for block, end in self.blocks.items():
-      if end is None or self._index[path] <= places[self._ends[end]]:
-        return block
 
   def headed(self, block):
     """Returns the masked model with the head of a block, sharing the current model's weights."""
@@ -194,6 +192,7 @@ class DiscriminationAware(Layerwise):
     # Where all channels were chosen before, the steps of one are left.
     for tuned in descent:
       kernel = tuned
+    self._check(f'Layer {path!r}', kernel)
     layer.kernel.assign(kernel * mask[:, None])
     for name, kept in chosen.items():
       self._chosen[name].assign(kept.astype('float32'))
@@ -242,11 +241,11 @@ class DiscriminationAware(Layerwise):
       for (original, current), y in zip(self._walk.at(index), self._labels, strict=True):
         yield original, current, y
 
-  def _check(self, what, loss):
-    if not np.isfinite(loss):
+  def _check(self, what, values):
+    if not np.isfinite(values).all():
       raise Diverged(
-        f'{what}: the loss became infinite or not a number while channels were chosen; a lower '
-        f'`rate` usually helps. Received: rate={self._method.rate}.'
+        f'{what}: the loss or a weight became infinite or not a number while channels were chosen; '
+        f'a lower `rate` usually helps. Received: rate={self._method.rate}.'
       )
 
 
