@@ -43,8 +43,8 @@ class ChannelConfig:
   )
   target_scope: str = option(
     'group',
-    'with a target, drop the same share everywhere, or the filters of the least norm in the whole '
-    'network',
+    'with a target, drop the same share everywhere, or in the whole network the channels that cost '
+    'the least error for the MACs that they save',
     choices=('group', 'network'),
   )
   target_format: str = option(
@@ -71,7 +71,7 @@ class ChannelConfig:
       )
 
 
-def kept_counts(config, channels, found, ratios, multiple, rounding, folder):
+def kept_counts(config, channels, found, ratios, multiple, rounding, folder, scores=None):
   """Returns {unit name: channels to keep}.
 
   Args:
@@ -82,6 +82,7 @@ def kept_counts(config, channels, found, ratios, multiple, rounding, folder):
       get what meets it.
     multiple, rounding: see `units.counts`.
     folder: for the table of latencies.
+    scores: {group name: [channels]} by which the whole network is ranked, for that scope.
 
   Raises:
     UserError: the target cannot be met.
@@ -93,7 +94,8 @@ def kept_counts(config, channels, found, ratios, multiple, rounding, folder):
     return _counts_for_macs(config.target_share, channels, found, pruned, multiple, rounding)
   names = [unit.name for unit in pruned]
   skip = [group.name for group in channels.groups if group.name not in names]
-  scores = filters.scores(channels, 'l2', skip=skip)
+  if scores is None:
+    scores = {group.name: np.arange(group.size) / group.size for group in channels.groups}
   arguments = {'multiple': multiple, 'scope': config.target_scope, 'skip': skip}
   if config.target == 'macs':
     keep = filters.choose(channels, scores, macs=config.target_share, **arguments)

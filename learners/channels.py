@@ -1,6 +1,7 @@
 """What the channel pruning learners share: the course of a selection, kept step by step."""
 
 import abc
+import json
 import math
 
 import numpy as np
@@ -11,7 +12,7 @@ from learners.progress import ProgressReport
 from pocketsize.channel_graph import ChannelGraph
 from pocketsize.errors import UserError
 from pocketsize.files import write_json
-from pocketsize.pruning import units
+from pocketsize.pruning import marginal, units
 from pocketsize.pruning.layerwise import Layerwise
 
 
@@ -48,50 +49,65 @@ class ChannelLearner(Learner):
     return self.helper.epochs()
 
   def check(self):
-    self.plan(self.source())
+    channels, found, _ = self.plan(self.source())
+    if self.config.target != 'latency':
+      self.counts(channels, found)
     super().check()
 
   def prepared(self, model):
-    found, counts, self.skipped = self.plan(model)
-    self._on_chief(lambda: self._describe(found, counts))
-    return self.kept('pruned.keras', lambda: self._pruned(model, found, counts))
+    channels, found, self.skipped = self.plan(model)
+    kept = self._kept_counts(model, channels, found)
+    return self.kept('pruned.keras', lambda: self._pruned(model, found, kept))
 
   def plan(self, model):
-    """Returns (list of `Unit`s, {unit name: channels to keep}, {path: why it is left alone})."""
+    """Returns (`ChannelGraph`, list of `Unit`s, {path: why it is left alone})."""
     channels = ChannelGraph(model)
     found, skipped = units.units(channels, self.config.channel_trunk)
     if not found:
       reasons = '; '.join(f'{path}: {reason}' for path, reason in skipped.items())
       raise UserError(f'Model {model.name!r} has no channels to prune: {reasons or "no groups"}.')
-    by_path, dense = self.ratios(
-      [
-        path
-        for path, layer in channels.graph.layers.items()
-        if type(layer).__name__ in units.CONVOLUTIONS
-      ]
-    )
+    return channels, found, skipped
+
+  def counts(self, channels, found, scores=None):
+    """Returns {unit name: channels to keep}; `scores` as `kept_counts` takes them."""
+    convolutions = [
+      path
+      for path, layer in channels.graph.layers.items()
+      if type(layer).__name__ in units.CONVOLUTIONS
+    ]
+    by_path, dense = self.ratios(convolutions)
     ratios = {unit.name: min(by_path.get(path, dense) for path in unit.readers) for unit in found}
-    counts = kept_counts(
-      self.config, channels, found, ratios, self.multiple(), self.rounding, self.folder
+    return kept_counts(
+      self.config, channels, found, ratios, self.multiple(), self.rounding, self.folder, scores
     )
-    return found, counts, skipped
+
+  def _kept_counts(self, model, channels, found):
+    """Returns the counts of channels.json, decided now if there is none; the same on all ranks."""
+    path = self.folder / 'channels.json'
+    entries = self.runtime.broadcast(json.loads(path.read_text()) if path.exists() else None)
+    if entries is None:
+      scores = None
+      if self.config.target_scope == 'network':
+        course = self.course(model, found, {})
+        readers = {path for unit in found for path in unit.readers}
+        scores = marginal.worths(channels, found, course.problems(readers))
+      counts = self._on_chief(lambda: self.counts(channels, found, scores))
+      entries = [
+        {
+          'name': unit.name,
+          'channels': unit.size,
+          'kept': counts[unit.name],
+          'readers': list(unit.readers),
+        }
+        for unit in (found if counts else ())
+      ]
+      self._on_chief(lambda: write_json(path, entries))
+      entries = self.runtime.broadcast(entries)
+    return {entry['name']: entry['kept'] for entry in entries}
 
   def multiple(self):
     """Returns what every layer keeps a multiple of."""
     return self.config.channel_multiple
-
-  def _describe(self, found, counts):
-    """Writes channels.json."""
-    entries = [
-      {
-        'name': unit.name,
-        'channels': unit.size,
-        'kept': counts[unit.name],
-        'readers': list(unit.readers),
-      }
-      for unit in found
-    ]
-    write_json(self.folder / 'channels.json', entries)
 
   def _pruned(self, model, found, counts):
     course = self.course(model, found, counts)

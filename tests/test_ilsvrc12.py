@@ -15,8 +15,10 @@ from datasets import ilsvrc12
 from datasets.ilsvrc12 import Ilsvrc12
 from nets.resnet_at_ilsvrc12 import ModelHelper
 from pocketsize import cost
+from pocketsize.channel_graph import ChannelGraph
 from pocketsize.errors import UserError
 from pocketsize.graph import Graph
+from pocketsize.pruning import units
 from tools.docs import flops
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -271,6 +273,16 @@ def test_the_published_flops_are_counted_to_the_last_digit(ratio, published, res
   kept = int(512 * (1 - ratio)) / 512, int(256 * (1 - ratio)) / 256
   more = (9 * kept[0] + kept[1] / 2) * (1 - kept[0]) / (147 / 16 + 37 + 96)
   assert possible - counted == pytest.approx(100 * more, abs=1e-6)
+
+
+@pytest.mark.parametrize('ratio', flops.PUBLISHED)
+def test_a_plan_of_chn_pruned_rmt_leaves_what_can_be_taken_out(ratio, resnet_18):
+  """Samplers, all convolutions but the first; 0.03 points for the dense layer, which is counted."""
+  channels = ChannelGraph(resnet_18)
+  found = [unit for unit in units.units(channels, 'sampler')[0] if unit.name != 'conv0']
+  kept = units.expected(channels, found, units.counts(found, ratio))
+  possible = flops.kept_share(channels.graph, ratio, dense_reads=True)
+  assert abs(cost.macs_share(channels)(*kept) - possible) < 3e-4
 
 
 def test_the_page_of_flops_is_that_of_the_code():

@@ -134,7 +134,12 @@ class Layerwise:
   def _survey(self):
     """Chooses for the units with several readers, from what they read in the original model."""
     joint = [unit for unit in self._units if len(unit.readers) > 1]
-    paths = {path for unit in joint for path in unit.readers}
+    problems = self.problems({path for unit in joint for path in unit.readers})
+    for unit in joint:
+      self._choose(unit, problems)
+
+  def problems(self, paths):
+    """Returns {path: `Problem`} of layers in the original model, from one pass over the samples."""
     problems = {path: Problem(self._original.layers[path]) for path in paths}
     for number, batch in enumerate(self._batches if paths else ()):
 
@@ -148,8 +153,7 @@ class Layerwise:
       self._original.run(arrays, call, training=False)
     for problem in problems.values():
       problem.reduce(self._total)
-    for unit in joint:
-      self._choose(unit, problems)
+    return problems
 
   def _choose(self, unit, problems):
     count = self._counts[unit.name]

@@ -1,0 +1,90 @@
+"""Time and memory of choosing channels and reconstructing all layers of a net:
+
+python -m tools.benchmark.selection --net=resnet_at_cifar10 --pretrained=FILE --data_dir_local=DIR
+
+Drops half the channels of each unit. Without --pretrained the weights are random, which costs the
+same.
+"""
+
+from tools import command  # isort: skip (first: it keeps TensorFlow's start quiet)
+
+import math
+import resource
+import time
+
+from absl import flags
+
+from pocketsize.channel_graph import ChannelGraph
+from pocketsize.errors import UserError
+from pocketsize.pruning import units
+from pocketsize.pruning.ista import Ista
+from pocketsize.pruning.lasso import Lasso
+from pocketsize.pruning.layerwise import Layerwise
+from pocketsize.pruning.proximal import Proximal
+from tools.docs.flags import helpers
+
+METHODS = {'lasso': Lasso, 'ista': Ista, 'proximal': Proximal}
+
+_NET = flags.DEFINE_string('net', 'resnet_at_cifar10', 'name of the net')
+_RESNET_SIZE = flags.DEFINE_integer('resnet_size', None, 'layers with weights, of a ResNet')
+_PRETRAINED = flags.DEFINE_string('pretrained', None, 'file of weights; unset: random')
+_DATA = flags.DEFINE_string('data_dir_local', None, 'folder of the data set')
+_METHOD = flags.DEFINE_enum('method', 'lasso', list(METHODS), 'how channels are chosen')
+_TRUNK = flags.DEFINE_enum('trunk', 'shared', units.TRUNKS, 'channels that several layers read')
+_SAMPLES = flags.DEFINE_integer('samples', 5000, 'images', lower_bound=1)
+_POINTS = flags.DEFINE_integer('points', 10, 'output positions of each image', lower_bound=1)
+_BATCH = flags.DEFINE_integer('batch', 100, 'images of a forward pass', lower_bound=1)
+_MEMORY = flags.DEFINE_float('memory', 2.0, 'GiB for kept activations', lower_bound=0.0)
+
+
+def main():
+  known = helpers()
+  if _NET.value not in known:
+    raise UserError(f'--net must be one of {", ".join(known)}. Received: {_NET.value!r}.')
+  options = {'data_dir_local': _DATA.value, 'resnet_size': _RESNET_SIZE.value}
+  if _NET.value == 'resnet_at_cifar10' and _PRETRAINED.value:
+    options['shortcut'] = 'pad'
+  helper = known[_NET.value](
+    known[_NET.value].Config(**{name: value for name, value in options.items() if value})
+  )
+  model = helper.load(_PRETRAINED.value) if _PRETRAINED.value else helper.build()
+  data = helper.dataset().load('train', batch=_BATCH.value, training=True)
+  batches = [x.numpy() for x, _ in data.take(math.ceil(_SAMPLES.value / _BATCH.value))]
+  found, _ = units.units(ChannelGraph(model), _TRUNK.value)
+  before = _peak()
+  began = time.monotonic()
+  course = Layerwise(
+    model,
+    found,
+    units.counts(found, 0.5),
+    METHODS[_METHOD.value](),
+    batches,
+    points=_POINTS.value,
+    memory=int(_MEMORY.value * 2**30),
+  )
+  for step in course.steps:
+    course.do(step)
+  total, forward = time.monotonic() - began, course.forward_seconds
+  command.print_table(
+    ('net', 'layers', 'seconds', 'forward', 'ratio', 'GiB before', 'GiB at the peak'),
+    [
+      (
+        helper.name,
+        str(len(course.steps) - 1),
+        f'{total:.1f}',
+        f'{forward:.1f}',
+        f'{total / forward:.2f}',
+        f'{before:.2f}',
+        f'{_peak():.2f}',
+      )
+    ],
+  )
+
+
+def _peak():
+  """Returns the most memory that this process has had, in GiB."""
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+if __name__ == '__main__':
+  command.run(main)
