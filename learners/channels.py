@@ -147,6 +147,10 @@ class ChannelLearner(Learner):
 
   def images(self, samples):
     """Returns this worker's share of `samples` training images, as batches."""
+    return [x for x, _ in self.batches(samples)]
+
+  def batches(self, samples):
+    """Returns this worker's share of `samples` training images with their labels, as batches."""
     batches = math.ceil(samples / (self.run.batch_size * self.runtime.size))
     data = self.dataset.load(
       self.training_split,
@@ -155,7 +159,7 @@ class ChannelLearner(Learner):
       seed=self.run.seed,
       training=True,
     )
-    return [x.numpy() for x, _ in data.take(batches)]
+    return [(x.numpy(), y.numpy()) for x, y in data.take(batches)]
 
   def steps(self, course):
     """Returns the names of the steps of a selection, in order."""

@@ -238,7 +238,8 @@ class Learner(abc.ABC):
   def _checkpoints(self, phase):
     return Checkpoints(self.folder / 'checkpoints', phase)
 
-  def _fit(self, phase, model, epochs, learning_rate, optimizer='sgd'):
+  def _fit(self, phase, model, epochs, learning_rate, *, loss=None, **changes):
+    """Trains; `loss(y, outputs)` is the net's by default, `changes` are fields of `Schedule`."""
     steps = self._steps(epochs)
     schedule = Schedule(
       f'{phase} training',
@@ -248,7 +249,7 @@ class Learner(abc.ABC):
       self.helper.config.loss_w_dcy,
       self.run.save_step,
       self.run.summ_step,
-      optimizer,
+      **changes,
     )
     batches = functools.partial(
       self.dataset.load,
@@ -262,7 +263,7 @@ class Learner(abc.ABC):
       train(
         model,
         lambda start: batches(start=start),
-        self.helper.loss,
+        loss or self.helper.loss,
         schedule,
         checkpoints=self._checkpoints(phase),
         runtime=self.runtime,

@@ -48,6 +48,7 @@ class Schedule(NamedTuple):
     weight_decay: factor w of the L2 penalty w/2 |v|^2 over all weights but batch norm's.
     save_step, summary_step: steps between two checkpoints, and between two reports.
     optimizer: 'sgd', or 'adam', which takes no momentum.
+    rate_flags: that set the learning rate, for the error if training diverges.
   """
 
   title: str
@@ -58,6 +59,7 @@ class Schedule(NamedTuple):
   save_step: int
   summary_step: int
   optimizer: str = 'sgd'
+  rate_flags: str = '--lrn_rate_init, --lrn_rate_ft'
 
 
 def train(model, batches, loss, schedule, *, checkpoints, runtime, log_dir):
@@ -216,5 +218,5 @@ class _Loop(keras.callbacks.Callback):
     raise UserError(
       f'{what} at step {self.step} of {self.schedule.steps}. '
       f'{f"The last good checkpoint is {kept}" if kept else "No checkpoint was written before"}. '
-      'A lower learning rate (--lrn_rate_init, --lrn_rate_ft) usually helps.'
+      f'A lower learning rate ({self.schedule.rate_flags}) usually helps.'
     )

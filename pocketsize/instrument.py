@@ -94,21 +94,25 @@ class Instrumented(keras.Model):
   def call(self, inputs, training=None):
     return self.run(inputs, training)
 
-  def run(self, inputs, training=None, activate=None):
+  def run(self, inputs, training=None, activate=None, observe=None):
     """Computes the outputs.
 
     Args:
       inputs: as `source` takes them.
       training: as for any Keras model.
       activate: `activate(transform, x)` in place of applying a transform to an activation.
+      observe: `observe(node, outputs)` is told what each node computes.
     """
     activate = activate or (lambda transform, x: transform(x, training=training))
     model = functional(self.source)
-    outputs = self.graph.run(
-      model._standardize_inputs(inputs),
-      training=training,
-      call=lambda node, args, kwargs: self._call_node(node, args, kwargs, training, activate),
-    )
+
+    def call(node, args, kwargs):
+      outputs = self._call_node(node, args, kwargs, training, activate)
+      if observe:
+        observe(node, outputs)
+      return outputs
+
+    outputs = self.graph.run(model._standardize_inputs(inputs), call, training)
     return keras.tree.pack_sequence_as(model._outputs_struct, outputs)
 
   def _call_node(self, node, args, kwargs, training, activate):

@@ -24,6 +24,13 @@ LEARNERS = {
     '--ws_mask_update_step=3',
     '--enbl_dst',
   ],
+  'dis-chn-pruned': [
+    '--learner=dis-chn-pruned',
+    '--dcp_nb_stages=1',
+    '--dcp_nb_iters_block=8',
+    '--dcp_nb_iters_layer=2',
+    '--channel_multiple=8',
+  ],
 }
 
 

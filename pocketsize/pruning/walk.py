@@ -31,11 +31,12 @@ class Walk:
     self.graphs = (original, current)
     self.memory = memory
     self.seconds = 0.0
-    self._index = 0
     self._kept = []
     for batch in batches:
       arrays = batch if isinstance(batch, list | tuple) else [batch]
       self._kept.append([dict(zip(graph.inputs, arrays, strict=True)) for graph in self.graphs])
+    # Of each batch's kept tensors; who reads only some of the batches leaves the others behind.
+    self._places = [0] * len(self._kept)
     self._last_reader = {
       number: position for position, node in enumerate(original.nodes) for number in node.inputs
     }
@@ -50,15 +51,16 @@ class Walk:
     Args:
       index: position in `Graph.nodes`, not below that of an earlier call.
     """
-    if index < self._index:
-      raise ValueError(f'A walk goes forward: from node {self._index} to {index} it cannot.')
+    first = max(self._places, default=0)
+    if index < first:
+      raise ValueError(f'A walk goes forward: from node {first} to {index} it cannot.')
     live = self.live(index)
     keeps = self._size(live) <= self.memory
     for number, kept in enumerate(self._kept):
       began = time.monotonic()
       values = [dict(part) for part in kept]
       for graph, part in zip(self.graphs, values, strict=True):
-        for position in range(self._index, index):
+        for position in range(self._places[number], index):
           node = graph.nodes[position]
           graph.step(node, part, _compute, training=False)
           for tensor in set(node.inputs) - live:
@@ -66,10 +68,8 @@ class Walk:
               del part[tensor]
       self.seconds += time.monotonic() - began
       if keeps:
-        self._kept[number] = values
+        self._kept[number], self._places[number] = values, index
       yield tuple(values)
-    if keeps:
-      self._index = index
 
   def live(self, index):
     """Returns the numbers of the tensors that are written before a node and read at or after it."""
