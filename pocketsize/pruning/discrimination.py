@@ -3,7 +3,7 @@
 PocketFlow's `dis-chn-pruned`. The convolutions are cut into blocks. A classifier at the end of each
 block, its head, has a loss L_p; that of the last block is the network's own. First all weights are
 tuned with the head (`headed`), then each layer of the block adds channels one by one: the one whose
-weights have the largest squared gradient of L_M + L_p, where L_M is the mean squared error of the
+weights have the largest squared gradient of L_M + L_p, where L_M is half the squared error of the
 layer's outputs (section 3.2; algorithms 1 and 2). After each, the layer's kernel is tuned.
 
 Deviation 1: a channel joins with the weights that it had, as in the paper; PocketFlow set the
@@ -17,7 +17,8 @@ Deviation 4: dense layers that read chosen channels choose like convolutions.
 Deviation 5: while a layer chooses, batch norms use their moving statistics, so that the numbers
   are those of the model that is kept; the samples are a fixed set, in a fixed order.
 Deviation 6: L_M is that of the outputs before an activation in the layer, which has no gradient
-  where no channel has joined; it has not the paper's factor 1/2.
+  where no channel has joined; and the mean over places of the sum over channels. As a mean over
+  both it hardly counts beside L_p.
 """
 
 import dataclasses

@@ -41,8 +41,8 @@ def kernel_gradients(graph, paths, loss):
 class Tail:
   """Computes what comes after a layer, and L_M + L_p with its gradient; traced once.
 
-  L_M is the mean squared error of the layer's outputs, before its activation, against those of the
-  original layer; L_p is `loss` of what the part computes. Layers are in inference mode.
+  L_M is half the squared error of the layer's outputs, before its activation, against those of the
+  original layer, summed over its channels, the mean over places and samples; L_p is `loss` of what the part computes. Layers are in inference mode.
 
   Args:
     graph: `Graph` of the model.
@@ -100,7 +100,8 @@ class Tail:
       tape.watch(kernel)
       for node in self._nodes:
         self._graph.step(node, values, call, training=False)
-      error = tf.reduce_mean(tf.square(found[0] - wanted))
+      # Half the sum over the outputs, the mean over the places.
+      error = 0.5 * kernel.shape[-1] * tf.reduce_mean(tf.square(found[0] - wanted))
       total = error + self._loss(labels, values[self._target])
     return total, tape.gradient(total, kernel)
 
