@@ -5,7 +5,8 @@ import math
 
 import numpy as np
 
-from learners.channels import ChannelConfig, ChannelLearner, read_ratios
+from learners.channel_targets import ChannelConfig
+from learners.channels import ChannelLearner, read_ratios
 from pocketsize.compressor import Stack
 from pocketsize.errors import UserError
 from pocketsize.instrument import instrument, strip

@@ -1,41 +1,18 @@
 """What the channel pruning learners share: the course of a selection, kept step by step."""
 
 import abc
-import dataclasses
 import math
 
 import numpy as np
 
+from learners.channel_targets import kept_counts
 from learners.learner import Learner
 from learners.progress import ProgressReport
 from pocketsize.channel_graph import ChannelGraph
 from pocketsize.errors import UserError
 from pocketsize.files import write_json
-from pocketsize.options import check_options, option
 from pocketsize.pruning import units
 from pocketsize.pruning.layerwise import Layerwise
-from pocketsize.saving import save_model
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ChannelConfig:
-  """Flags of every learner that chooses channels layer by layer."""
-
-  channel_trunk: str = option(
-    'shared',
-    'channels that several layers read, as on a residual trunk: chosen by all readers together, by '
-    'each for itself behind a channel sampler, or left whole',
-    choices=units.TRUNKS,
-  )
-  channel_multiple: int = option(
-    1, 'every layer keeps a multiple of it, rounded up; runtimes like 8', lower=1
-  )
-  channel_memory: float = option(
-    2.0, "GiB for the samples' activations while channels are chosen", above=0
-  )
-
-  def __post_init__(self):
-    check_options(self)
 
 
 class ChannelLearner(Learner):
@@ -71,16 +48,13 @@ class ChannelLearner(Learner):
     return self.helper.epochs()
 
   def check(self):
-    self.plan(self._loaded(self.run.pretrained) if self.run.pretrained else self.helper.build())
+    self.plan(self.source())
     super().check()
 
   def prepared(self, model):
-    path = self.folder / 'pruned.keras'
     found, counts, self.skipped = self.plan(model)
-    if not self.runtime.broadcast(path.exists()):
-      pruned = self._pruned(model, found, counts)
-      self._on_chief(lambda: self._keep(pruned, found, counts))
-    return self._loaded(path)
+    self._on_chief(lambda: self._describe(found, counts))
+    return self.kept('pruned.keras', lambda: self._pruned(model, found, counts))
 
   def plan(self, model):
     """Returns (list of `Unit`s, {unit name: channels to keep}, {path: why it is left alone})."""
@@ -97,14 +71,17 @@ class ChannelLearner(Learner):
       ]
     )
     ratios = {unit.name: min(by_path.get(path, dense) for path in unit.readers) for unit in found}
-    return found, units.counts(found, ratios, self.multiple(), self.rounding), skipped
+    counts = kept_counts(
+      self.config, channels, found, ratios, self.multiple(), self.rounding, self.folder
+    )
+    return found, counts, skipped
 
   def multiple(self):
     """Returns what every layer keeps a multiple of."""
     return self.config.channel_multiple
 
-  def _keep(self, pruned, found, counts):
-    """Writes channels.json and pruned.keras."""
+  def _describe(self, found, counts):
+    """Writes channels.json."""
     entries = [
       {
         'name': unit.name,
@@ -115,7 +92,6 @@ class ChannelLearner(Learner):
       for unit in found
     ]
     write_json(self.folder / 'channels.json', entries)
-    save_model(pruned, self.folder / 'pruned.keras')
 
   def _pruned(self, model, found, counts):
     course = self.course(model, found, counts)

@@ -4,7 +4,8 @@ import dataclasses
 
 import numpy as np
 
-from learners.channels import ChannelConfig, ChannelLearner, read_ratios
+from learners.channel_targets import ChannelConfig
+from learners.channels import ChannelLearner, read_ratios
 from pocketsize.errors import UserError
 from pocketsize.options import option
 from pocketsize.pruning.proximal import Proximal

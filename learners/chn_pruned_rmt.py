@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from learners.channels import ChannelConfig, ChannelLearner
+from learners.channel_targets import ChannelConfig
+from learners.channels import ChannelLearner
 from pocketsize.errors import UserError
 from pocketsize.options import option
 from pocketsize.pruning.ista import Ista

@@ -79,7 +79,7 @@ class Learner(abc.ABC):
 
   def check(self):
     """Raises a UserError for what would else be found out after hours of training."""
-    model = self._loaded(self.run.pretrained) if self.run.pretrained else self.helper.build()
+    model = self.source()
     stack = Stack(self.compressors(Graph(model), self._steps(self.epochs())))
     conversion.check_formats(configure.attach(model, stack), self.run.formats)
     if self.run.save_path_dst:
@@ -185,6 +185,22 @@ class Learner(abc.ABC):
     self._fit('compressed', model, self.epochs(), self.tuning_rate)
     stack.update(steps)
     return self.finished(model)
+
+  def source(self):
+    """Returns the structure of the float model, for checks; its weights need not be trained."""
+    return self._loaded(self.run.pretrained) if self.run.pretrained else self.helper.build()
+
+  def kept(self, name, make):
+    """Returns the model in file `name` of the work folder, on every rank; made first if missing.
+
+    Args:
+      make: gives the Keras model; called on every rank, which together may have to make it.
+    """
+    path = self.folder / name
+    if not self.runtime.broadcast(path.exists()):
+      model = make()
+      self._on_chief(lambda: save_model(model, path))
+    return self._loaded(path)
 
   def prepared(self, model):
     """Returns what is to be trained, made from a copy of the float model: as a rule that itself."""

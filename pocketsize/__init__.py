@@ -21,6 +21,7 @@ from pocketsize.conversion import export, verify
 from pocketsize.errors import UserError
 from pocketsize.graph import Graph
 from pocketsize.instrument import Instrumented, instrument, strip
+from pocketsize.shrink import compact
 from pocketsize.targets import Rule
 from pocketsize.transform import Grid, Placement, Transform
 
@@ -37,6 +38,7 @@ __all__ = [
   'Transform',
   'UserError',
   'calibrate',
+  'compact',
   'compress',
   'export',
   'instrument',

@@ -78,6 +78,8 @@ def macs(graph):
 def macs_share(channels):
   """Returns a function from `keep`, of `ChannelGraph.dropped`, to the share of MACs that it leaves.
 
+  The function takes `selected` besides, {path: [inputs] bool}, as `shrink` does.
+
   Args:
     channels: a `ChannelGraph`.
   """
@@ -95,11 +97,14 @@ def macs_share(channels):
     if part.role in ('in', 'out') and part.weight in targets.weight_points(part.layer)
   ]
 
-  def remaining(keep):
+  def remaining(keep, selected=None):
     is_dropped = channels.dropped(keep)
     left = dict(parts)
     for part in slices:
-      left[id(part.layer), part.weight] *= float(np.mean(~is_dropped(part.ids)))
+      kept = ~is_dropped(part.ids)
+      for path in channels.graph.paths(part.layer) if selected and part.role == 'in' else ():
+        kept &= selected.get(path, True)
+      left[id(part.layer), part.weight] *= float(np.mean(kept))
     return sum(left.values()) / sum(parts.values())
 
   return remaining

@@ -24,33 +24,40 @@ def applicable(layer, args, kwargs):
   )
 
 
-def batch_norm(layer, x, training):
+def batch_norm(layer, x, training, weights=None):
   """Computes stock layer `layer` on x, [batch, height, width, channels] float32.
 
   In training the layer's moving statistics are updated as the layer itself does: with its momentum
   and the *biased* variance (the fused kernel returns the unbiased one).
+
+  Args:
+    weights: {attribute: [channels] tensor} to compute with in place of the layer's own 'gamma',
+      'beta', 'moving_mean' or 'moving_variance'.
   """
-  gamma = layer.gamma if layer.scale else tf.ones_like(layer.moving_mean)
-  beta = layer.beta if layer.center else tf.zeros_like(layer.moving_mean)
+  own = {'gamma': layer.gamma, 'beta': layer.beta}
+  own |= {name: getattr(layer, name) for name in ('moving_mean', 'moving_variance')}
+  values = {
+    name: tf.convert_to_tensor(value)
+    for name, value in (own | (weights or {})).items()
+    if value is not None
+  }
+  gamma = values.get('gamma', tf.ones_like(values['moving_mean']))
+  beta = values.get('beta', tf.zeros_like(values['moving_mean']))
   if not (training and layer.trainable):
     return tf.compat.v1.nn.fused_batch_norm(
       x,
-      tf.convert_to_tensor(gamma),
-      tf.convert_to_tensor(beta),
-      tf.convert_to_tensor(layer.moving_mean),
-      tf.convert_to_tensor(layer.moving_variance),
+      gamma,
+      beta,
+      values['moving_mean'],
+      values['moving_variance'],
       epsilon=layer.epsilon,
       is_training=False,
     )[0]
   y, mean, variance = tf.compat.v1.nn.fused_batch_norm(
-    x,
-    tf.convert_to_tensor(gamma),
-    tf.convert_to_tensor(beta),
-    epsilon=layer.epsilon,
-    is_training=True,
+    x, gamma, beta, epsilon=layer.epsilon, is_training=True
   )
   count = tf.cast(tf.size(x) // tf.shape(x)[-1], x.dtype)
   biased = variance * ((count - 1.0) / count)
-  for moving, value in ((layer.moving_mean, mean), (layer.moving_variance, biased)):
-    moving.assign(moving * layer.momentum + value * (1.0 - layer.momentum))
+  for name, value in (('moving_mean', mean), ('moving_variance', biased)):
+    own[name].assign(values[name] * layer.momentum + value * (1.0 - layer.momentum))
   return y

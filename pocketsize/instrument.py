@@ -61,7 +61,8 @@ class Instrumented(keras.Model):
           f'There is no layer {path!r} to place {transform.name!r} at. '
           f'The layers are: {", ".join(sorted(paths))}.'
         )
-      if point not in ACTIVATION_POINTS and not hasattr(self.graph.layers.get(path), point):
+      weight = getattr(self.graph.layers.get(path), point, None)
+      if point not in ACTIVATION_POINTS and not isinstance(weight, keras.Variable):
         raise UserError(f'Layer {path!r} has no weight {point!r} to transform.')
       if point == 'preactivation' and not getattr(self.graph.layers.get(path), 'activation', None):
         raise UserError(f'Layer {path!r} has no activation of its own to put a transform before.')
@@ -125,23 +126,17 @@ class Instrumented(keras.Model):
     return outputs
 
   def _compute_node(self, node, args, kwargs, training):
-    weights = dict.fromkeys(
-      point for path, point in self._places if path == node.path and point not in ACTIVATION_POINTS
-    )
     if node.is_input:
       return args[0]
-    if weights:
-      mapping = [
-        (getattr(node.operation, point), self.transformed(node.path, point, training))
-        for point in weights
-      ]
-      with keras.StatelessScope(state_mapping=mapping, collect_losses=True) as scope:
-        outputs = node.operation(*args, **kwargs)
-      if scope.losses:  # of an activity regularizer
-        node.operation.add_loss(scope.losses)
-      return outputs
+    weights = {
+      point: self.transformed(node.path, point, training)
+      for path, point in dict.fromkeys(self._places)
+      if path == node.path and point not in ACTIVATION_POINTS
+    }
     if fused_bn.applicable(node.operation, args, kwargs):
-      return fused_bn.batch_norm(node.operation, args[0], training)
+      return fused_bn.batch_norm(node.operation, args[0], training, weights)
+    if weights:
+      return call_with_weights(node.operation, weights, args, kwargs)
     return node.operation(*args, **kwargs)
 
   def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
@@ -168,6 +163,29 @@ class Instrumented(keras.Model):
     return cls(
       load(config['source'], custom_objects=custom_objects), placements, name=config['name']
     )
+
+
+def call_with_weights(layer, weights, args, kwargs):
+  """Calls `layer` with tensors in place of its weights.
+
+  What the layer itself assigns, such as moving statistics, and its activity losses stay.
+
+  Args:
+    layer: a Keras layer.
+    weights: {attribute that holds a weight: tensor}.
+    args, kwargs: of the call.
+  """
+  mapping = [(getattr(layer, point), value) for point, value in weights.items()]
+  with keras.StatelessScope(state_mapping=mapping, collect_losses=True) as scope:
+    given = dict(scope.state_mapping)
+    outputs = layer(*args, **kwargs)
+  for variable in layer.variables:
+    value = scope.get_current_value(variable)
+    if value is not None and value is not given.get(id(variable)):
+      variable.assign(value)
+  if scope.losses:  # of an activity regularizer
+    layer.add_loss(scope.losses)
+  return outputs
 
 
 def with_preactivation(layer, transforms, activate, compute):
@@ -206,7 +224,7 @@ def instrument(model, placements=()):
 
 
 def strip(model):
-  """Returns an ordinary model: stock layers, the structure of the source, kernels as deployed.
+  """Returns an ordinary model: stock layers, the structure of the source, weights as deployed.
 
   Activation transforms are left out, so with quantized activations the outputs differ by them.
 

@@ -1,4 +1,7 @@
-"""Dropping channels: `mask` makes them zero, `shrink` makes them go; both compute the same."""
+"""Dropping channels: `mask` makes them zero, `shrink` makes them go; both compute the same.
+
+`compact` makes those go that are zero already.
+"""
 
 import keras
 import numpy as np
@@ -6,6 +9,8 @@ import numpy as np
 from pocketsize.channel_graph import ChannelGraph
 from pocketsize.errors import UserError
 from pocketsize.graph import Graph, copied, functional
+from pocketsize.instrument import Instrumented
+from pocketsize.pruning import filters
 
 
 def mask(model, keep, keep_shift=False):
@@ -26,18 +31,67 @@ def _masked(channels, keep):
   is_dropped, copy = channels.dropped(keep), copied(channels.graph.model)
   copies = Graph(copy).layers
   for part in channels.slices:
-    if part.role not in ('out', 'shift'):
+    gone = is_dropped(part.ids) & zeroed(channels, part)
+    if not gone.any():
       continue
-    gone = is_dropped(part.ids)
-    if part.role == 'shift':
-      gone &= channels.must_be_zero(part.ids)
-    if part.role == 'out' and part.weight == 'gamma':
-      gone &= channels.must_be_zero(part.ids)
     for path, layer in channels.graph.layers.items():
       if layer is part.layer:
         weight = getattr(copies[path], part.weight)
         weight.assign(np.where(_along(gone, part.axis), 0.0, weight))
   return copy
+
+
+def zeroed(channels, part):
+  """Returns for each channel of a `Slice` whether dropping it makes the weight zero there.
+
+  Args:
+    channels: the `ChannelGraph`.
+    part: one of its slices.
+  """
+  if part.role not in ('out', 'shift'):
+    return np.zeros(len(part.ids), bool)
+  if part.role == 'shift' or part.weight == 'gamma':
+    return channels.must_be_zero(part.ids)
+  return np.ones(len(part.ids), bool)
+
+
+def compact(model, keep_shift=None):
+  """Returns an ordinary smaller model without the channels that are exactly zero.
+
+  They are zero as `mask` and filter pruning make them, in all layers that make or scale them. The
+  smaller model computes what the model computes.
+
+  Args:
+    model: a built Functional or Sequential model, such as `strip` returns.
+    keep_shift: whether normalizations kept their shift, see `mask`; None for whichever finds more
+      channels to drop.
+
+  Raises:
+    UserError: an instrumented model; see `ChannelGraph` also.
+  """
+  if isinstance(model, Instrumented):
+    raise UserError(
+      '`compact` takes an ordinary model: give it what `strip` returns. '
+      f'Received: instrumented model {model.name!r}.'
+    )
+  found = {}
+  for kept_shift in (False, True) if keep_shift is None else (keep_shift,):
+    channels = ChannelGraph(model, kept_shift)
+    found[kept_shift] = _nonzero(channels)
+  kept_shift = min(found, key=lambda each: sum(kept.sum() for kept in found[each].values()))
+  return shrink(model, found[kept_shift], kept_shift)
+
+
+def _nonzero(channels):
+  """Returns the `keep` with which masking the model would change nothing."""
+  keep = {group.name: np.zeros(group.size, bool) for group in channels.groups}
+  for part in channels.slices:
+    weight = np.moveaxis(np.array(getattr(part.layer, part.weight)), part.axis, 0)
+    alive = weight.reshape(len(weight), -1).any(axis=1) & zeroed(channels, part)
+    for name, places in channels.places(part.ids).items():
+      keep[name][places[alive & (places >= 0)]] = True
+  scores = {name: kept.astype(float) for name, kept in keep.items()}
+  return filters.without_empty_tensors(channels, scores, keep)
 
 
 def _along(values, axis):

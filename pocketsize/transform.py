@@ -24,7 +24,7 @@ class Grid(NamedTuple):
 
 
 class Transform(keras.layers.Layer):
-  """Maps a kernel or an activation to a tensor of the same shape.
+  """Maps a weight or an activation to a tensor of the same shape.
 
   What it must remember is made by `add_weight` in `build`, hence saved, restored and broadcast
   without another word. A transform that comes back from a file is already built.
@@ -53,7 +53,7 @@ class Placement(NamedTuple):
   Attributes:
     path: path of the layer or operator, as in `Graph`.
     point: 'output', 'input' (the first argument), 'preactivation' (what the layer's own activation
-      reads), or the attribute of a weight: 'kernel', 'depthwise_kernel', 'pointwise_kernel'.
+      reads), or the attribute of a weight: 'kernel', 'depthwise_kernel', 'bias', 'gamma', ...
     transform: the `Transform`.
   """
 

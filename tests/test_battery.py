@@ -24,6 +24,15 @@ from pocketsize.transform import Transform
 
 ALGORITHMS = sorted(discover())
 BUSY = {
+  'filters': {
+    'ratio': 0.6,
+    'schedule': 'polynomial',
+    'begin_step': 3,
+    'end_step': 33,
+    'update_every': 4,
+    'prune_first_conv': True,
+    'prune_downsample_convs': True,
+  },
   'magnitude': {'ratio': 0.6, 'begin_step': 3, 'end_step': 33, 'update_every': 4},
   'uniform': {'weight_bits': 3, 'activation_bits': 6, 'scale_every': 7, 'momentum': 0.9},
 }

@@ -192,13 +192,13 @@ def test_the_programs_of_extending_run(tmp_path):
     (tmp_path / path).write_text(content)
   environment = {**os.environ, 'POCKETSIZE_VENV': sys.prefix, 'PYTHONPATH': str(tmp_path)}
   commands = ''.join(blocks(text, 'sh')).replace('\\\n', '').splitlines()
-  assert len(commands) == 3
-  output = ''
+  assert len(commands) == 4
+  printed = []
   for command in commands:
     words = [sys.executable if word == 'python' else word for word in shlex.split(command)]
     done = subprocess.run(words, cwd=tmp_path, env=environment, text=True, capture_output=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    output += done.stdout
+    printed.append(done.stdout)
   folder = tmp_path / 'runs' / 'mlp_at_tumours' / 'n-of-m'
   result = json.loads((folder / 'report.json').read_text())
   assert {layer['name']: layer['sparsity'] for layer in result['layers']} == {
@@ -210,7 +210,12 @@ def test_the_programs_of_extending_run(tmp_path):
   assert json.loads((folder / 'plan.json').read_text())['skipped'] == {
     'hidden0': 'its inputs do not come in groups of 4'
   }
-  assert 'left alone: {}' in output and 'measured, 0.' in output
+  assert 'left alone: {}' in printed[1]
+  assert any('measured, 0.' in text for text in printed)
+  assert any(
+    "left alone: {'first': 'first convolution', 'head': 'frozen: " in text for text in printed
+  )
+  assert (tmp_path / 'smaller' / 'model.tflite').exists()
   assert sorted(path.name for path in (tmp_path / 'exports').iterdir()) == [
     'model_int8.tflite',
     'model_qdq.onnx',

@@ -11,6 +11,7 @@ import tensorflow as tf
 from keras import layers
 from toys import MODELS, compile_for_logits, conv_net, images, labels, nested_net, shared_net
 
+from pocketsize import conversion
 from pocketsize.errors import UserError
 from pocketsize.graph import Graph
 from pocketsize.instrument import Instrumented, instrument, strip
@@ -185,6 +186,81 @@ def test_a_mask_on_each_layer_type_acts_like_zeros_in_its_weights(template, shap
   np.testing.assert_allclose(got, model(x), atol=1e-6)
   np.testing.assert_allclose(stripped, model(x), atol=1e-6)
   assert np.abs(got - unmasked).max() > 1e-3
+
+
+def norm_net(rank):
+  """Dense or conv with bias, a batch norm that folds, a ReLU and a batch norm that does not."""
+  keras.utils.set_random_seed(6)
+  inputs = keras.Input((6, 6, 3) if rank == 4 else (5,))
+  x = (layers.Conv2D(4, 3, name='first') if rank == 4 else layers.Dense(4, name='first'))(inputs)
+  x = layers.ReLU()(layers.BatchNormalization(momentum=0.7, name='folds')(x))
+  x = layers.Flatten()(layers.BatchNormalization(momentum=0.7, name='stays')(x))
+  return keras.Model(inputs, layers.Dense(2, name='head')(x))
+
+
+SCALED = [
+  ('first', 'bias', 2.0),
+  ('folds', 'gamma', 3.0),
+  ('folds', 'beta', -1.0),
+  ('stays', 'gamma', 0.5),
+  ('stays', 'beta', 4.0),
+  ('head', 'bias', -2.0),
+]
+
+
+def scaled_everywhere(rank):
+  """Returns (overlay with scaled biases, factors and shifts, a stock model that has them)."""
+  model, oracle = norm_net(rank), norm_net(rank)
+  for each in (model, oracle):
+    rng = np.random.default_rng(2)
+    for weight in each.weights:
+      if weight.name in ('bias', 'gamma', 'beta'):
+        weight.assign(rng.normal(size=weight.shape))
+  overlay = instrument(
+    model, [Placement(path, point, Scaled(factor)) for path, point, factor in SCALED]
+  )
+  for path, point, factor in SCALED:
+    weight = getattr(oracle.get_layer(path), point)
+    weight.assign(weight * factor)
+  x = np.random.default_rng(1).normal(size=(8, *model.inputs[0].shape[1:])).astype('float32')
+  return overlay, oracle, x
+
+
+@pytest.mark.parametrize('rank', [2, 4])
+def test_biases_factors_and_shifts_can_be_transformed(rank):
+  """On images by the fused kernel, else by the stock layer; their moving statistics move."""
+  overlay, oracle, x = scaled_everywhere(rank)
+  for training in (False, True, True, False):
+    np.testing.assert_allclose(
+      overlay(x, training=training), oracle(x, training=training), rtol=1e-4, atol=1e-4
+    )
+  for name in ('folds', 'stays'):
+    norm, expected = overlay.source.get_layer(name), oracle.get_layer(name)
+    assert np.abs(expected.moving_mean).max() > 0.01
+    for point in ('moving_mean', 'moving_variance'):
+      np.testing.assert_allclose(getattr(norm, point), getattr(expected, point), rtol=1e-4)
+  for expected, got in zip(oracle.weights, strip(overlay).weights, strict=True):
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize('rank', [2, 4])
+def test_moving_statistics_move_within_fit_and_gradients_reach_the_latent_factor(rank):
+  overlay, _, x = scaled_everywhere(rank)
+  norm = overlay.source.get_layer('folds')
+  before = [np.array(weight) for weight in norm.weights]
+  compile_for_logits(overlay).fit(x, labels() % 2, batch_size=8, verbose=0)
+  for old, weight in zip(before, norm.weights, strict=True):
+    assert np.abs(old - weight).max() > 1e-6, weight.path
+
+
+@pytest.mark.parametrize('rank', [2, 4])
+def test_what_is_exported_has_biases_factors_and_shifts_as_deployed(rank, tmp_path):
+  overlay, oracle, x = scaled_everywhere(rank)
+  for each in (overlay, oracle):
+    each(x, training=True)
+  (file,) = conversion.export(overlay, tmp_path, ['tflite'])
+  (got,) = conversion.open_file(file.path)(x)
+  np.testing.assert_allclose(got, oracle(x), rtol=1e-4, atol=1e-4)
 
 
 def test_gradients_flow_to_the_latent_kernel_and_masked_entries_get_none():
@@ -432,6 +508,8 @@ def test_a_place_that_does_not_exist_is_refused():
     instrument(conv_net(), [Placement('conv7', 'kernel', Mask())])
   with pytest.raises(UserError, match=r"Layer 'relu0' has no weight 'kernel'"):
     instrument(conv_net(), [Placement('relu0', 'kernel', Mask())])
+  with pytest.raises(UserError, match=r"Layer 'conv0' has no weight 'bias'"):
+    instrument(conv_net(), [Placement('conv0', 'bias', Mask())])
 
 
 def test_one_transform_at_two_places_is_refused():

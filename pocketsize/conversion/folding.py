@@ -6,17 +6,24 @@ import numpy as np
 from pocketsize import targets
 
 
-def batch_norm_factors(layer):
-  """Returns (factor, offset), [channels] float64: a BatchNormalization is x * factor + offset."""
-  mean, variance = (
-    keras.ops.convert_to_numpy(value).astype(np.float64)
-    for value in (layer.moving_mean, layer.moving_variance)
-  )
+def batch_norm_factors(layer, weights=None):
+  """Returns (factor, offset), [channels] float64: a BatchNormalization is x * factor + offset.
+
+  Args:
+    layer: the BatchNormalization.
+    weights: {attribute: [channels] array} to compute with in place of the layer's own.
+  """
+  values = {
+    name: keras.ops.convert_to_numpy((weights or {}).get(name, getattr(layer, name)))
+    for name in ('gamma', 'beta', 'moving_mean', 'moving_variance')
+    if getattr(layer, name) is not None
+  }
+  mean, variance = (values[name].astype(np.float64) for name in ('moving_mean', 'moving_variance'))
   factor = 1.0 / np.sqrt(variance + layer.epsilon)
   if layer.scale:
-    factor = factor * keras.ops.convert_to_numpy(layer.gamma)
+    factor = factor * values['gamma']
   offset = -mean * factor
-  return factor, offset + keras.ops.convert_to_numpy(layer.beta) if layer.center else offset
+  return factor, offset + values['beta'] if layer.center else offset
 
 
 def foldable(graph, separates):

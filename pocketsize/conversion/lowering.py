@@ -13,7 +13,12 @@ from pocketsize import targets
 from pocketsize.conversion import folding, integer, kernels
 from pocketsize.errors import UserError
 from pocketsize.graph import Graph, functional
-from pocketsize.instrument import Instrumented, with_preactivation
+from pocketsize.instrument import (
+  ACTIVATION_POINTS,
+  Instrumented,
+  call_with_weights,
+  with_preactivation,
+)
 from pocketsize.quantization.placement import MOVING
 
 # What leads from a converter's error back to the layer: the scope of its operations.
@@ -47,6 +52,7 @@ class Lowered:
     self._graph = Graph(source)
     self.kernels, self.stand_ins = [], []
     self._paths_by_note = {}
+    self._deployed = _deployed(model) if isinstance(model, Instrumented) else {}
     self._ranges = self._read_ranges()
     self.has_activations = any(low_high for low_high in self._ranges.values())
     self._batch_norms = folding.foldable(self._graph, self._separates)
@@ -91,6 +97,14 @@ class Lowered:
   def _transforms(self, path, point):
     return self._model.transforms_at(path, point) if isinstance(self._model, Instrumented) else []
 
+  def _weight(self, node, point):
+    """Returns a weight as deployed, an array."""
+    own = keras.ops.convert_to_numpy(getattr(node.operation, point))
+    return self._deployed.get(node.path, {}).get(point, own)
+
+  def _batch_norm_factors(self, node):
+    return folding.batch_norm_factors(node.operation, self._deployed.get(node.path))
+
   def _read_ranges(self):
     """Returns {activation quantizer: (low, high), or None where it stays float}."""
     ranges = {}
@@ -123,26 +137,21 @@ class Lowered:
   def _fixed_weights(self, node):
     """Returns ([(variable, array)], bias to add or None) of a layer, batch norm folded in."""
     layer = node.operation
-    bias = None if layer.bias is None else keras.ops.convert_to_numpy(layer.bias)
     factor = None
+    bias = None if layer.bias is None else self._weight(node, 'bias')
     if node in self._batch_norms:
-      factor, offset = folding.batch_norm_factors(self._batch_norms[node].operation)
+      factor, offset = self._batch_norm_factors(self._batch_norms[node])
       bias = ((0.0 if bias is None else bias) * factor + offset).astype('float32')
     mapping = [] if layer.bias is None else [(layer.bias, bias)]
     points = targets.weight_points(layer)
     for point in points:
       last = point == points[-1]
       transforms = self._transforms(node.path, point)
-      deployed = (
-        self._model.baked(node.path, point)
-        if transforms
-        else keras.ops.convert_to_numpy(getattr(layer, point))
-      )
       kernel = kernels.make_kernel(
         node.path,
         layer,
         point,
-        deployed,
+        self._weight(node, point),
         transforms if self._quantized else (),
         factor if last else None,
         bias.ravel() if last and bias is not None else None,
@@ -175,7 +184,7 @@ class Lowered:
     for node in self._graph.nodes:
       layer, shape = node.operation, self._graph.shape(node.inputs[0]) if node.inputs else ()
       if integer.is_image_batch_norm(layer, len(shape)) and node not in self._folded:
-        factor, offset = folding.batch_norm_factors(layer)
+        factor, offset = self._batch_norm_factors(node)
         kernel = kernels.scaling_kernel(node.path, factor, offset, self._input_step(node))
       elif integer.is_average(layer) and self._range_at(node):
         size = layer.pool_size if integer.averages_whole_windows(layer) else (1, 1)
@@ -223,6 +232,9 @@ class Lowered:
         )
       elif node in self._depthwise:
         outputs = self._call_depthwise(node, args, kwargs)
+      elif node.path in self._deployed:
+        weights = self._deployed[node.path]
+        outputs = call_with_weights(node.operation, weights, args, kwargs)
       else:
         outputs = node.operation(*args, **kwargs)
       for transform in self._transforms(node.path, 'output'):
@@ -252,6 +264,15 @@ class Lowered:
     if not self._ranges.get(transform):
       return x
     return integer.fake_quantize(x, self._ranges[transform])
+
+
+def _deployed(model):
+  """Returns {path: {attribute: array}} of the weights of an `Instrumented` with transforms."""
+  weights = {}
+  for path, point, _ in model.placements:
+    if point not in ACTIVATION_POINTS and point not in weights.get(path, {}):
+      weights.setdefault(path, {})[point] = model.baked(path, point)
+  return weights
 
 
 def _distinct(paths):

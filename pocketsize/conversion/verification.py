@@ -129,7 +129,7 @@ def latency(paths, rounds=30, threads=1):
   Returns:
     List of the median latencies at batch 1, in ms, in the order of `paths`.
   """
-  return np.median(_bursts(paths, rounds, threads), axis=(1, 2)).tolist()
+  return [float(np.median(times)) for times in _bursts(paths, rounds, threads)]
 
 
 def quickest(paths, rounds=30, threads=1):
@@ -139,7 +139,7 @@ def quickest(paths, rounds=30, threads=1):
 
   Args: see `latency`; in place of a path there may be a `Runner`.
   """
-  return np.quantile(_bursts(paths, rounds, threads), 0.1, axis=(1, 2)).tolist()
+  return [float(np.quantile(times, 0.1)) for times in _bursts(paths, rounds, threads)]
 
 
 def _bursts(paths, rounds, threads):

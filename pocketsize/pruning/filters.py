@@ -15,6 +15,8 @@ from pocketsize.errors import UserError
 # With a budget, the ratio is searched in ever finer steps of a thousandth.
 _SHARES = 1000
 _STEPS = (100, 10, 1)
+# A ratio below 1 that leaves a group no more than one `multiple`.
+_MOST = 1.0 - 1e-9
 
 
 def l1(rows):
@@ -47,7 +49,7 @@ def geometric_median(rows):
 CRITERIA = {'l1': l1, 'l2': l2, 'geometric_median': geometric_median}
 
 
-def scores(channels, criterion='l2', seed=0):
+def scores(channels, criterion='l2', seed=0, skip=()):
   """Returns {group name: [channels] scores}; the least goes first.
 
   Args:
@@ -56,6 +58,7 @@ def scores(channels, criterion='l2', seed=0):
       depthwise ones do; 'bn_scale' for
       the magnitude of the batch norms' factors (Liu et al. 2017, arXiv:1708.06519); or 'random'.
     seed: of 'random'.
+    skip: names of groups that may have no score.
 
   Raises:
     UserError: an unknown criterion, or 'bn_scale' for channels that no batch norm scales.
@@ -81,7 +84,7 @@ def scores(channels, criterion='l2', seed=0):
       known = places >= 0
       np.add.at(totals[name], places[known], values[known])
       scaled.add(name)
-  missing = [name for name in totals if name not in scaled]
+  missing = [name for name in totals if name not in scaled and name not in skip]
   if missing:
     raise UserError(
       f'Criterion {criterion!r} needs a batch norm behind every layer to prune. '
@@ -131,34 +134,29 @@ def choose(
   name = 'budget' if macs is None else 'macs'
   if macs is not None:
     cost, budget = macs_share(channels), macs
-  if budget is not None and not 0.0 < budget <= 1.0:
-    raise UserError(f'`{name}` is the share to keep and must be in (0, 1]. Received: {budget}.')
-  if scope not in ('group', 'network'):
-    raise UserError(f"`scope` must be 'group' or 'network'. Received: {scope!r}.")
-  if multiple < 1:
-    raise UserError(f'`multiple` must be at least 1. Received: {multiple}.')
-  unknown = set(skip) - set(scores)
-  if unknown:
-    raise UserError(
-      f'`skip` must name groups out of {", ".join(scores)}. Received: {sorted(unknown)[0]!r}.'
-    )
-  pruned = {name: values for name, values in scores.items() if name not in skip}
-  count = _counts(pruned, scope, multiple)
-
-  def keep_at(ratio):
-    return _without_empty_tensors(channels, scores, _kept(scores, count(ratio)))
-
-  if ratio is not None:
-    return keep_at(ratio)
-  return _within(keep_at, cost, budget, f'`{name}` cannot be met: with {multiple} channels in')
+  if ratio is None:
+    ratio = _ratio_within(channels, scores, cost, budget, name, scope, multiple, skip)
+  return _chooser(channels, scores, scope, multiple, skip)(ratio)
 
 
-def _within(keep_at, cost, budget, complaint):
-  """Returns `keep_at` the least ratio found that `cost` says meets the budget.
+def ratio_for(channels, scores, macs, *, scope='group', multiple=1, skip=()):
+  """Returns the least `ratio` with which `choose` meets a target of `macs`, in [0, 1).
+
+  Args and errors: see `choose`.
+  """
+  cost = macs_share(channels)
+  return _ratio_within(channels, scores, cost, macs, 'macs', scope, multiple, skip)
+
+
+def _ratio_within(channels, scores, cost, budget, name, scope, multiple, skip):
+  """Returns the least ratio found with which `cost` says that the budget is met.
 
   The cost falls with the ratio, but for noise: so the first step that meets the budget is looked
   for, and before it, where it is not met, the same in smaller steps.
   """
+  if not 0.0 < budget <= 1.0:
+    raise UserError(f'`{name}` is the share to keep and must be in (0, 1]. Received: {budget}.')
+  keep_at = _chooser(channels, scores, scope, multiple, skip)
   costs_by_counts = {}
 
   def cost_at(share):
@@ -174,9 +172,28 @@ def _within(keep_at, cost, budget, complaint):
     high = next((share for share in shares if cost_at(share) <= budget), None)
     if high is None:
       least = min(costs_by_counts.values())
-      raise UserError(f'{complaint} every group {least:.3f} are left. Received: {budget}.')
+      raise UserError(
+        f'`{name}` cannot be met: with {multiple} channels in every group {least:.3f} are left. '
+        f'Received: {budget}.'
+      )
     width = step
-  return keep_at(high / _SHARES)
+  return min(high / _SHARES, _MOST)
+
+
+def _chooser(channels, scores, scope, multiple, skip):
+  """Returns a function from the ratio to the `keep` of `choose`."""
+  if scope not in ('group', 'network'):
+    raise UserError(f"`scope` must be 'group' or 'network'. Received: {scope!r}.")
+  if multiple < 1:
+    raise UserError(f'`multiple` must be at least 1. Received: {multiple}.')
+  unknown = set(skip) - set(scores)
+  if unknown:
+    raise UserError(
+      f'`skip` must name groups out of {", ".join(scores)}. Received: {sorted(unknown)[0]!r}.'
+    )
+  pruned = {name: values for name, values in scores.items() if name not in skip}
+  count = _counts(pruned, scope, multiple)
+  return lambda ratio: without_empty_tensors(channels, scores, _kept(scores, count(ratio)))
 
 
 def remaining_macs(channels, keep):
@@ -213,7 +230,7 @@ def _kept(scores, counts):
   return keep
 
 
-def _without_empty_tensors(channels, scores, keep):
+def without_empty_tensors(channels, scores, keep):
   """Returns `keep` with the best channel of each tensor, such as a slice, that would lose all."""
   for ids in channels.tensors:
     places = channels.places(ids)

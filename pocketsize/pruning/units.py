@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pocketsize.errors import UserError
+from pocketsize.pruning.filters import without_empty_tensors
 
 # shared: all readers of a channel choose it together, so no file needs a sampler.
 # sampler: each convolution chooses for itself, as in the paper; channels that only others chose are
@@ -130,19 +131,36 @@ def remaining(channels, selected):
   for name, kept in keep.items():
     if name not in read:
       kept[:] = True
-  return _without_empty_tensors(channels, keep)
+  return without_empty_tensors(channels, {name: np.zeros(len(keep[name])) for name in keep}, keep)
 
 
-def _without_empty_tensors(channels, keep):
-  """Keeps one channel of each tensor, such as a branch that nobody chose, that would lose all."""
-  for ids in channels.tensors:
-    places = channels.places(ids)
-    present = sum((found >= 0).sum() for found in places.values())
-    left = sum(keep[name][found[found >= 0]].sum() for name, found in places.items())
-    if present == len(ids) and not left:
-      name, found = next(iter(places.items()))
-      keep[name][found[found >= 0][0]] = True
-  return keep
+def expected(channels, units, counts):
+  """Returns (`keep`, `selected`) of `shrink` with so many channels as a selection would leave.
+
+  Which ones is not known before it. Of channels that several layers choose from, each for itself,
+  all are taken to stay for one or the other.
+
+  Args:
+    channels: a `ChannelGraph`.
+    units: list of `Unit`s.
+    counts: {unit name: channels to keep}.
+  """
+  selected, choosers = {}, {}
+  for unit in units:
+    for path, places in unit.readers.items():
+      chosen = selected.setdefault(path, np.ones(len(places), bool))
+      chosen &= (places < 0) | (places < counts[unit.name])
+  for part in channels.slices:
+    for name in channels.places(part.ids) if part.role == 'in' else ():
+      choosers.setdefault(name, []).append(part.layer)
+  keep = remaining(channels, selected)
+  joint = {path for unit in units if len(unit.readers) > 1 for path in unit.readers}
+  for name, layers in choosers.items():
+    if len(layers) > 1 and not any(
+      path in joint for layer in layers for path in channels.graph.paths(layer)
+    ):
+      keep[name][:] = True
+  return keep, selected
 
 
 def counts(units, ratio, multiple=1, rounding=np.floor):
