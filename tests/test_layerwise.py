@@ -9,8 +9,10 @@ import prunable
 import pytest
 from channels import randomized
 
+import pocketsize
 from pocketsize import conversion
 from pocketsize.channel_graph import ChannelGraph
+from pocketsize.conversion.inspection import count_ops
 from pocketsize.graph import Graph
 from pocketsize.pruning import units as units_module
 from pocketsize.pruning.gram import Problem
@@ -159,6 +161,20 @@ def test_files_of_a_model_with_samplers_agree(net, tmp_path):
   for file in conversion.export(smaller, tmp_path, ['tflite', 'onnx', 'openvino']):
     (got,) = conversion.open_file(file.path)(x_of())
     np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-4 * np.ptp(expected))
+
+
+def test_int8_files_of_a_model_with_samplers_agree(tmp_path):
+  """A sampler only moves values: no quantizer of its own, and integers throughout."""
+  smaller = pruned('projection', 'sampler', 'lasso').shrunk()
+  entries = [{'algorithm': 'uniform', 'weight_bits': 8, 'activation_bits': 8}]
+  model, _ = pocketsize.compress(smaller, entries, calibration=batches(4))
+  names = takes(smaller)
+  assert names and not {place.path for place in model.placements} & set(names)
+  expected = np.array(model(x_of()))
+  for file in conversion.export(model, tmp_path, ['tflite_int8', 'onnx_qdq', 'openvino_int8']):
+    (got,) = conversion.open_file(file.path)(x_of())
+    assert np.abs(got - expected).max() < 0.05 * np.ptp(expected)
+    assert count_ops(file.path)[1] == 0
 
 
 def zeroed_only(made):

@@ -24,6 +24,13 @@ LEARNERS = {
     '--ws_mask_update_step=3',
     '--enbl_dst',
   ],
+  'channel': [
+    '--learner=channel',
+    '--cp_prune_option=uniform',
+    '--cp_nb_batches=2',
+    '--cp_list_group=2',
+    '--cp_finetune',
+  ],
 }
 
 
