@@ -92,6 +92,15 @@ def test_channels_that_are_always_zero_give_no_warning():
     assert lasso.select_by_lasso(p.T @ p, p.T @ y, count).sum() == count
 
 
+def test_where_the_path_ends_the_channels_that_explain_most_come_next():
+  """y lies in the first column alone; of the others the last explains most of it."""
+  gram = np.array([[1.0, 0.0, 0.3, 0.6], [0.0, 1, 0, 0], [0.3, 0, 1, 0], [0.6, 0, 0, 1]])
+  moments = gram[0].copy()
+  np.testing.assert_array_equal(lasso.lasso_path(gram, moments, 3), [1, 0, 0, 0])
+  chosen = lasso.select_by_lasso(gram, moments, 3)
+  np.testing.assert_array_equal(chosen, [True, False, True, True])
+
+
 def test_least_squares_are_numpys():
   problem, x, y = conv_problem()
   rows = problem.rows_of(np.array([True, False, True, True]))
