@@ -28,7 +28,7 @@ class ChannelPrunedRemastered(ChannelLearner):
     )
     cpr_nb_smpls: int = option(5000, 'images from which layers are reconstructed', lower=1)
     cpr_nb_crops_per_smpl: int = option(10, 'output positions of each image', lower=1)
-    cpr_ista_lrn_rate: float = option(0.01, 'step size of ISTA', above=0)
+    cpr_ista_lrn_rate: float = option(0.01, 'step size of ISTA', above=0, upper=1)
     cpr_ista_nb_iters: int = option(100, 'iterations of ISTA', lower=1)
     cpr_lstsq_lrn_rate: float = option(0.001, 'learning rate of the regression', above=0)
     cpr_lstsq_nb_iters: int = option(100, 'steps of the regression', lower=0)

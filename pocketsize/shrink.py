@@ -144,6 +144,8 @@ def shrink(model, keep, keep_shift=False, selected=None):
     changed = channels.changes.get(node, lambda kept: {})(kept)
     if type(node.operation).__name__ == 'GetItem':
       return args[0][_shifted(args[1], len(args[0].shape), changed) if changed else args[1]]
+    if type(node.operation).__name__ == 'Take' and changed:
+      return keras.ops.take(args[0], changed['indices'], axis=node.operation.axis)
     if id(node.operation) in layers and not changed:
       if node.path in selected:
         args = (_sampled(args[0], node.operation, reads[node.path], selected[node.path]), *args[1:])

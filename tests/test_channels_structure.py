@@ -26,6 +26,9 @@ RESHAPES = {
   'expanded': lambda x: keras.ops.expand_dims(x, 1),
   'mean': lambda x: keras.ops.mean(x, axis=(1, 2)),
   'kept': lambda x: keras.ops.max(x, axis=1, keepdims=True),
+  'rows taken': lambda x: keras.ops.take(x, [3, 0, 0], axis=1),
+  'taken': lambda x: keras.ops.take(x, [7, 0, 2, 2, 5, 6, 1], axis=-1),
+  'all taken': lambda x: keras.ops.take(x, list(range(8)), axis=-1),
   'repeated': lambda x: layers.RepeatVector(3)(layers.GlobalAveragePooling2D()(x)),
 }
 
@@ -48,6 +51,18 @@ def test_a_reshape_that_mixes_channels_with_places_freezes_them():
   x = layers.Reshape((4, 4, 2, 4), name='mix')(conv(inputs, 8, 'made'))
   graph = ChannelGraph(keras.Model(inputs, layers.Dense(2)(x)))
   assert "'mix' (Reshape) mixes channels" in graph.frozen['made']
+
+
+def test_indices_count_what_is_left():
+  inputs = keras.Input((4, 4, 3))
+  x = keras.ops.take(conv(inputs, 8, 'made'), [7, 0, 2, 2, 5], axis=-1)
+  model = channels.randomized(keras.Model(inputs, layers.Conv2D(2, 1, name='read')(x)))
+  # Of 1, 2, 4, 5, 7, that is 0 to 4, places 4, 1, 1, 3 are taken.
+  keep = {'made': np.isin(np.arange(8), [1, 2, 4, 5, 7])}
+  smaller = channels.assert_same(model, keep)
+  (taken,) = [node for node in Graph(smaller).nodes if type(node.operation).__name__ == 'Take']
+  assert taken.arguments.args[1] == [4, 1, 1, 3]
+  assert smaller.get_layer('read').kernel.shape == (1, 1, 4, 2)
 
 
 def test_a_shared_layer_ties_what_it_reads_and_makes():

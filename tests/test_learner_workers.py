@@ -31,6 +31,13 @@ LEARNERS = {
     '--dcp_nb_iters_layer=2',
     '--channel_multiple=8',
   ],
+  'channel': [
+    '--learner=channel',
+    '--cp_prune_option=uniform',
+    '--cp_nb_batches=2',
+    '--cp_list_group=2',
+    '--cp_finetune',
+  ],
 }
 
 

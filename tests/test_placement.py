@@ -38,6 +38,15 @@ def test_a_fused_relu_belongs_to_its_conv_and_max_pool_and_flatten_write_nothing
   assert tensors == {'images': False, 'conv': True, 'head': False}
 
 
+def test_a_channel_sampler_writes_nothing():
+  inputs = keras.Input((8, 8, 4), name='in')
+  x = conv(keras.ops.take(conv(inputs, 'first'), [0, 2], axis=-1), 'second')
+  model = keras.Model(inputs, x)
+  assert placed(model) == {'in': False, 'first': False, 'second': False}
+  first = next(each for each in quantized_tensors(Graph(model)) if each.path == 'first')
+  assert first.readers == ('second',)
+
+
 def test_nested_models_are_seen_through():
   assert placed(nested_net()) == {
     'images': False,

@@ -138,7 +138,15 @@ def _pad(channels, node, inputs):
 
 
 @rule(
-  'Flatten', 'Reshape', 'Permute', 'RepeatVector', 'Transpose', 'Squeeze', 'ExpandDims', 'GetItem'
+  'Flatten',
+  'Reshape',
+  'Permute',
+  'RepeatVector',
+  'Transpose',
+  'Squeeze',
+  'ExpandDims',
+  'GetItem',
+  'Take',
 )
 def _reshaping(channels, node, inputs):
   """Runs the operation on the channels' places, and looks along which axis they lie after it."""
@@ -177,6 +185,17 @@ def _change_reshaping(channels, node, labels, axis, places):
       'start': kept(labels.ids[:start]),
       'stop': kept(labels.ids[:stop]),
     }
+
+  elif type(operation).__name__ == 'Take' and _reads_axis(channels, node, labels.axis):
+    channels.changes[node] = lambda kept: {
+      'indices': [
+        kept(labels.ids[:place]) for place in places if kept(labels.ids[place : place + 1])
+      ]
+    }
+
+
+def _reads_axis(channels, node, axis):
+  return node.operation.axis % rank_of(channels, node) == axis
 
 
 def _replaced(values, index, value):

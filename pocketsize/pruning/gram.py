@@ -45,7 +45,7 @@ class Problem:
     """Adds a batch.
 
     Args:
-      read: [batch, ..., inputs] what the layer reads in the pruned model.
+      read: [batch, ..., inputs] what the layer reads in the pruned model, in its own data format.
       original: [batch, ..., inputs] what it reads in the original one.
       places: [batch, places] numbers of output positions; None for all.
       offset: [batch, ..., outputs] to be added to what the original layer writes, or None.
@@ -58,7 +58,7 @@ class Problem:
       x = patches(self.layer, read[part], chosen)
       y = patches(self.layer, original[part], chosen) @ kernel
       if offset is not None:
-        y = y + at_places(offset[part], chosen)
+        y = y + at_places(_channels_last(self.layer, offset[part]), chosen)
       self.gram += x.T @ x
       self.moments += x.T @ y
       self.energy += float(np.square(y, dtype=np.float64).sum())

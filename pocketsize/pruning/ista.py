@@ -111,7 +111,7 @@ class Ista:
   """How channels are chosen and kernels reconstructed.
 
   Attributes:
-    step, iterations: of ISTA.
+    step, iterations: of ISTA. G has norm 1, so that a step above 1 may diverge.
     rate, regression_steps: of Adam.
     weight_decay: of the regression.
   """
@@ -123,8 +123,10 @@ class Ista:
   weight_decay: float = 0.0
 
   def __post_init__(self):
-    if self.step <= 0 or self.rate <= 0:
-      raise UserError(f'`step` and `rate` must be positive. Received: {self.step} and {self.rate}.')
+    if not 0 < self.step <= 1:
+      raise UserError(f'`step` must be in (0, 1]. Received: {self.step}.')
+    if self.rate <= 0:
+      raise UserError(f'`rate` must be positive. Received: {self.rate}.')
     if self.iterations < 1 or self.regression_steps < 0:
       raise UserError(
         '`iterations` must be at least 1 and `regression_steps` at least 0. '

@@ -14,7 +14,7 @@ from pocketsize.channel_graph import ChannelGraph
 from pocketsize.graph import Graph, copied
 from pocketsize.pruning import units as units_module
 from pocketsize.pruning.gram import Problem, output_places
-from pocketsize.pruning.walk import Walk
+from pocketsize.pruning.walk import Walk, extended
 from pocketsize.shrink import shrink
 from pocketsize.sparsity.magnitude import Mask
 from pocketsize.transform import Placement
@@ -140,6 +140,8 @@ class Layerwise:
 
   def problems(self, paths):
     """Returns {path: `Problem`} of layers in the original model, from one pass over the samples."""
+    # Workers sum them one after the other, so their order must be the same everywhere.
+    paths = sorted(paths)
     problems = {path: Problem(self._original.layers[path]) for path in paths}
     for number, batch in enumerate(self._batches if paths else ()):
 
@@ -188,8 +190,12 @@ class Layerwise:
       read = np.asarray(current[node.inputs[0]])
       offset = None
       if past is not None:
-        tensor, scale = past
-        offset = (np.asarray(original[tensor]) - np.asarray(current[tensor])) * scale
+        tensor, positions, scale = past
+        wanted, got = (
+          np.asarray(extended(graph, positions, values)[tensor])
+          for graph, values in ((self._original, original), (self._current, current))
+        )
+        offset = (wanted - got) * scale
       places = self._places(path, read.shape, number)
       problem.add(read, np.asarray(original[node.inputs[0]]), places, offset)
     problem.reduce(self._total)
@@ -203,7 +209,9 @@ class Layerwise:
     return rng.integers(0, count, (shape[0], self._points))
 
   def _past(self, node):
-    """Returns (other summand of the addition that a layer ends in, factor for its error), or None.
+    """Returns what a layer makes up for, if it ends in an addition, or None.
+
+    That is (the other summand, positions of the nodes that compute it, factor for its error).
 
     Residual compensation (He et al. 2017, section 3.3): the layer makes up for the error that the
     other branch has already, through a batch norm between the layer and the addition if need be.
@@ -228,6 +236,20 @@ class Layerwise:
     others = [number for number in consumers[0].inputs if number != tensor]
     if len(others) != 1 or graph.shape(others[0]) != graph.shape(tensor):
       return None
-    if others[0] not in self._walk.live(self._index[node.path]):
-      return None
-    return others[0], scale
+    positions = self._ahead(others[0], self._index[node.path])
+    return None if positions is None else (others[0], positions, scale)
+
+  def _ahead(self, tensor, index):
+    """Returns positions of the nodes from `index` on that compute `tensor`.
+
+    None if one of them is still to be pruned.
+    """
+    nodes, needed, positions = self._original.nodes, {tensor}, []
+    for position in reversed(range(index, len(nodes))):
+      if needed.isdisjoint(nodes[position].outputs):
+        continue
+      if nodes[position].path in self.steps:
+        return None
+      needed.update(nodes[position].inputs)
+      positions.append(position)
+    return positions[::-1]

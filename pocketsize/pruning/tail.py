@@ -42,7 +42,8 @@ class Tail:
   """Computes what comes after a layer, and L_M + L_p with its gradient; traced once.
 
   L_M is half the squared error of the layer's outputs, before its activation, against those of the
-  original layer, summed over its channels, the mean over places and samples; L_p is `loss` of what the part computes. Layers are in inference mode.
+  original layer, summed over channels, the mean over places and samples; L_p is `loss` of what the
+  part computes. Layers are in inference mode.
 
   Args:
     graph: `Graph` of the model.

@@ -15,7 +15,8 @@ from pocketsize.pruning.filters import without_empty_tensors
 # shared: all readers of a channel choose it together, so no file needs a sampler.
 # sampler: each convolution chooses for itself, as in the paper; channels that only others chose are
 #   left out by a sampler (a gather) in front of it.
-# whole: what additions join stays; the rest as in 'shared'.
+# whole: channels that several layers make, such as what additions join, stay; the rest as in
+#   'shared'.
 TRUNKS = ('shared', 'sampler', 'whole')
 
 CONVOLUTIONS = ('Conv1D', 'Conv2D', 'Conv3D')
@@ -100,7 +101,7 @@ def readers(channels):
 def _refusal(channels, group, refused, trunk):
   """Returns why the readers of a group cannot choose together, or None."""
   if trunk == 'whole' and len(group.members) > 1:
-    return 'an addition joins it'
+    return 'several layers make it'
   for path, reason in refused.items():
     for part in channels.slices:
       reads = part.role == 'in' and part.layer is channels.graph.layers[path]

@@ -63,8 +63,9 @@ class Walk:
         for position in range(self._places[number], index):
           node = graph.nodes[position]
           graph.step(node, part, _compute, training=False)
-          for tensor in set(node.inputs) - live:
-            if self._last_reader[tensor] == position:
+          for tensor in {*node.inputs, *node.outputs} - live:
+            # An output of the model may have no reader.
+            if self._last_reader.get(tensor, position) == position:
               del part[tensor]
       self.seconds += time.monotonic() - began
       if keeps:
@@ -86,6 +87,14 @@ class Walk:
       int(np.prod([size or 1 for size in graph.shape(number)[1:]])) for number in live - inputs
     )
     return 4 * len(self.graphs) * self.samples * elements
+
+
+def extended(graph, positions, values):
+  """Returns {tensor: value}: `values` and what the nodes at `positions`, in order, make of them."""
+  values = dict(values)
+  for position in positions:
+    graph.step(graph.nodes[position], values, _compute, training=False)
+  return values
 
 
 def _compute(node, args, kwargs):

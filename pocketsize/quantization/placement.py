@@ -38,6 +38,7 @@ MOVING = frozenset(
     'Transpose',
     'Squeeze',
     'ExpandDims',
+    'Take',
   }
 )
 # No format takes a learned range for them: LiteRT has the fixed step 1/256, the others compute in
