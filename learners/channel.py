@@ -103,4 +103,4 @@ class ChannelPruned(ChannelLearner):
       optimizer='adam' if short else 'sgd',
     )
     course.model.set_weights(strip(model).get_weights())
-    course.restart()
+    course.rebase()

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 
+import keras
 import numpy as np
 import pytest
 from toys import conv_net, images, labels
@@ -220,3 +221,17 @@ def test_the_programs_of_extending_run(tmp_path):
     'model_int8.tflite',
     'model_qdq.onnx',
   ]
+
+
+def test_the_programs_of_the_page_of_channels_run():
+  inputs = keras.Input((8, 8, 3))
+  x = inputs
+  for width in (32, 32):
+    x = keras.layers.Conv2D(width, 3, activation='relu')(x)
+  x = keras.layers.GlobalAveragePooling2D()(x)
+  model = keras.Model(inputs, keras.layers.Dense(4)(x))
+  scope = {'model': model, 'batches': [images()]}
+  for block in blocks(text_of('docs/channels.md'), 'python'):
+    exec(block, scope)
+    assert scope.get('smaller', model).count_params() <= model.count_params()
+  assert scope['smaller'].count_params() < 0.5 * model.count_params()

@@ -504,6 +504,21 @@ def test_what_was_trained_in_between_is_read_after_a_restart():
   assert made.errors['c'] == pytest.approx(problem.error(kernel) / problem.energy, rel=1e-3)
 
 
+def test_after_a_training_in_between_what_is_left_follows_the_trained_model():
+  """Layer c doubled by it: its reconstruction is twice that of the untrained one."""
+  kernels = []
+  for factor in (1.0, 2.0):
+    made = course('chain')
+    made.do('survey')
+    made.do('b')
+    kernel = made.model.get_layer('c').kernel
+    kernel.assign(factor * np.array(kernel))
+    made.rebase()
+    made.do('c')
+    kernels.append(np.array(kernel))
+  np.testing.assert_allclose(kernels[1], 2.0 * kernels[0], rtol=1e-4, atol=1e-5)
+
+
 def test_the_original_model_is_not_touched():
   model = prunable.chain()
   before = model.get_weights()

@@ -61,7 +61,8 @@ class Layerwise:
     memory=MEMORY,
   ):
     self.original, self.model, self._batches = model, copied(model), batches
-    self._original = Graph(model)
+    self._reference = copied(model)
+    self._original = Graph(self._reference)
     self._current = Graph(self.model)
     self._units, self._counts, self._method = units, counts, method
     self._points, self._seed, self._total, self._memory = points, seed, total, memory
@@ -81,13 +82,25 @@ class Layerwise:
     ]
     self._sizes = {path: len(ids) for path, ids in readers.items()}
     self._index = {node.path: index for index, node in enumerate(self._original.nodes)}
-    self.variables = [*self.model.weights, *self._chosen.values()]
+    self.variables = [
+      *self.model.weights,
+      *self._reference.weights,
+      *self._chosen.values(),
+    ]
     self.errors = {}
     self.restart()
 
   def restart(self):
     """Says that the current model was changed from outside, such as by training."""
     self._walk = Walk(self._original, self._current, self._batches, self._memory)
+
+  def rebase(self):
+    """Says that the current model was trained: what is left to prune follows it from here on.
+
+    Kernels, batch norms and outputs have moved together, so those of the original no longer fit.
+    """
+    self._reference.set_weights(self.model.get_weights())
+    self.restart()
 
   @property
   def forward_seconds(self):
