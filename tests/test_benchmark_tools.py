@@ -124,3 +124,15 @@ def test_bad_flags_are_one_sentence_and_exit_code_2(argument, message, capsys):
   assert output.out == ''
   assert len(output.err.splitlines()) == 1
   assert re.search(message, output.err)
+
+
+@pytest.mark.parametrize('arguments, code', [(['--net=convnet_at_digits'], 0), (['--net=odd'], 2)])
+def test_the_benchmark_of_selections_runs(arguments, code):
+  done = subprocess.run(
+    [sys.executable, '-m', 'tools.benchmark.selection', '--samples=200', *arguments],
+    cwd=ROOT,
+    text=True,
+    capture_output=True,
+  )
+  assert done.returncode == code, done.stderr
+  assert ('convnet' in done.stdout) if code == 0 else ("Received: 'odd'" in done.stderr)

@@ -209,8 +209,8 @@ def planned(*arguments, pretrained=None):
   """Returns {unit: channels to keep} of a command line."""
   learner = main.make_learner(ModelHelper, ['run.py', *arguments])
   helper = ModelHelper(ModelHelper.Config())
-  _, counts, _ = learner.plan(helper.load(pretrained) if pretrained else helper.build())
-  return counts
+  channels, found, _ = learner.plan(helper.load(pretrained) if pretrained else helper.build())
+  return learner.counts(channels, found)
 
 
 def test_a_list_is_of_shares_to_keep_or_to_drop(tmp_path):

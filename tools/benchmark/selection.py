@@ -2,8 +2,8 @@
 
 python -m tools.benchmark.selection --net=resnet_at_cifar10 --pretrained=FILE --data_dir_local=DIR
 
-Drops half the channels of each unit. Without --pretrained the weights are random, which costs the
-same.
+Drops half the channels of each unit. Without --pretrained the weights are random, and those of
+keras.applications are, as are its images; that costs the same.
 """
 
 from tools import command  # isort: skip (first: it keeps TensorFlow's start quiet)
@@ -12,6 +12,8 @@ import math
 import resource
 import time
 
+import keras
+import numpy as np
 from absl import flags
 
 from pocketsize.channel_graph import ChannelGraph
@@ -25,7 +27,7 @@ from tools.docs.flags import helpers
 
 METHODS = {'lasso': Lasso, 'ista': Ista, 'proximal': Proximal}
 
-_NET = flags.DEFINE_string('net', 'resnet_at_cifar10', 'name of the net')
+_NET = flags.DEFINE_string('net', 'resnet_at_cifar10', 'a net, or a model of keras.applications')
 _RESNET_SIZE = flags.DEFINE_integer('resnet_size', None, 'layers with weights, of a ResNet')
 _PRETRAINED = flags.DEFINE_string('pretrained', None, 'file of weights; unset: random')
 _DATA = flags.DEFINE_string('data_dir_local', None, 'folder of the data set')
@@ -38,18 +40,7 @@ _MEMORY = flags.DEFINE_float('memory', 2.0, 'GiB for kept activations', lower_bo
 
 
 def main():
-  known = helpers()
-  if _NET.value not in known:
-    raise UserError(f'--net must be one of {", ".join(known)}. Received: {_NET.value!r}.')
-  options = {'data_dir_local': _DATA.value, 'resnet_size': _RESNET_SIZE.value}
-  if _NET.value == 'resnet_at_cifar10' and _PRETRAINED.value:
-    options['shortcut'] = 'pad'
-  helper = known[_NET.value](
-    known[_NET.value].Config(**{name: value for name, value in options.items() if value})
-  )
-  model = helper.load(_PRETRAINED.value) if _PRETRAINED.value else helper.build()
-  data = helper.dataset().load('train', batch=_BATCH.value, training=True)
-  batches = [x.numpy() for x, _ in data.take(math.ceil(_SAMPLES.value / _BATCH.value))]
+  model, batches = _application() or _net()
   found, _ = units.units(ChannelGraph(model), _TRUNK.value)
   before = _peak()
   began = time.monotonic()
@@ -69,7 +60,7 @@ def main():
     ('net', 'layers', 'seconds', 'forward', 'ratio', 'GiB before', 'GiB at the peak'),
     [
       (
-        helper.name,
+        model.name,
         str(len(course.steps) - 1),
         f'{total:.1f}',
         f'{forward:.1f}',
@@ -79,6 +70,36 @@ def main():
       )
     ],
   )
+
+
+def _application():
+  """Returns (model, batches) of keras.applications with random images, or None."""
+  make = getattr(keras.applications, _NET.value, None)
+  if make is None:
+    return None
+  model, rng = make(weights=None), np.random.default_rng(0)
+  shape = (_BATCH.value, *model.input_shape[1:])
+  count = math.ceil(_SAMPLES.value / _BATCH.value)
+  return model, [rng.standard_normal(shape, np.float32) for _ in range(count)]
+
+
+def _net():
+  """Returns (model, batches) of one of our nets, with its training images."""
+  known = helpers()
+  if _NET.value not in known:
+    raise UserError(
+      f'--net must be one of {", ".join(known)}, or a model of keras.applications. '
+      f'Received: {_NET.value!r}.'
+    )
+  options = {'data_dir_local': _DATA.value, 'resnet_size': _RESNET_SIZE.value}
+  if _NET.value == 'resnet_at_cifar10' and _PRETRAINED.value:
+    options['shortcut'] = 'pad'
+  helper = known[_NET.value](
+    known[_NET.value].Config(**{name: value for name, value in options.items() if value})
+  )
+  model = helper.load(_PRETRAINED.value) if _PRETRAINED.value else helper.build()
+  data = helper.dataset().load('train', batch=_BATCH.value, training=True)
+  return model, [x.numpy() for x, _ in data.take(math.ceil(_SAMPLES.value / _BATCH.value))]
 
 
 def _peak():
