@@ -27,7 +27,10 @@ class ChannelConfig:
     choices=units.TRUNKS,
   )
   channel_multiple: int = option(
-    1, 'every layer keeps a multiple of it, rounded up; runtimes like 8', lower=1
+    1,
+    'every layer keeps a multiple of it, rounded up, or with --target_scope=network to the nearest '
+    'one; runtimes like 8',
+    lower=1,
   )
   channel_memory: float = option(
     2.0, "GiB for the samples' activations while channels are chosen", above=0

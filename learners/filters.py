@@ -43,7 +43,9 @@ class FilterLearner(Learner):
       0.5, 'the ratio is reached at this share of the training', lower=0, upper=1
     )
     fp_mask_update_step: int = option(100, 'steps between two choices of filters', lower=1)
-    fp_multiple: int = option(1, 'every layer keeps a multiple of it, rounded up', lower=1)
+    fp_multiple: int = option(
+      1, 'every layer keeps a multiple of it, rounded as by channel_multiple', lower=1
+    )
     fp_prune_first_conv: bool = option(False, 'convolutions that read the input lose filters too')
     fp_prune_downsample_convs: bool = option(False, 'so do convolutions with strides')
     fp_prune_batch_norms: bool = option(

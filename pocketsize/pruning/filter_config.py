@@ -31,7 +31,7 @@ class FilterConfig:
     end_step: the step at which it is reached; not above `begin_step`: at once.
     update_every: steps between two new masks.
     exponent: of the polynomial growth, positive.
-    multiple: every group keeps a multiple of it, rounded up; smaller groups stay whole.
+    multiple: every group keeps a multiple of it, see `filters.choose`; smaller groups stay whole.
     prune_first_conv: whether convolutions that read an input of the model lose channels.
     prune_downsample_convs: whether convolutions with strides above 1 do.
     prune_batch_norms: whether normalizations lose the shift of dropped channels; else those are

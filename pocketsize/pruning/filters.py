@@ -116,7 +116,8 @@ def choose(
       may be noisy: little more may be dropped than had to be, never too little.
     budget: of `cost`, the share to keep at most, in (0, 1].
     scope: 'group' drops the same share of every group, 'network' the least of all channels.
-    multiple: every group keeps a multiple of it, rounded up; groups that are smaller stay whole.
+    multiple: every group keeps a multiple of it, rounded up with scope 'group' and to the nearest
+      with 'network', but at least one; groups that are smaller stay whole.
     skip: names of groups that stay whole.
 
   Raises:
@@ -212,8 +213,14 @@ def _counts(scores, scope, multiple):
       cut = round(ratio * len(everything))
       threshold = everything[cut] if cut < len(everything) else np.inf
       kept = {name: int((values >= threshold).sum()) for name, values in scores.items()}
+    # Rounded up everywhere, the network's ranking would only tell which groups lose everything.
+    nearest = 0.5 if scope == 'network' else 0.0
     return {
-      name: min(len(scores[name]), multiple * max(1, math.ceil(round(number / multiple, 6))))
+      name: len(scores[name])
+      if number == len(scores[name])
+      else min(
+        len(scores[name]), multiple * max(1, math.ceil(round(number / multiple - nearest, 6)))
+      )
       for name, number in kept.items()
     }
 
