@@ -89,7 +89,8 @@ class ChannelLearner(Learner):
       scores = None
       if self.config.target_scope == 'network':
         course = self.course(model, found, {})
-        readers = {path for unit in found for path in unit.readers}
+        # In one order on all workers, as a set would not be.
+        readers = dict.fromkeys(path for unit in found for path in unit.readers)
         scores = marginal.worths(channels, found, course.problems(readers))
       counts = self._on_chief(lambda: self.counts(channels, found, scores))
       entries = [

@@ -330,7 +330,7 @@ def test_what_is_still_to_be_pruned_is_not_made_up_for():
 
 def test_channels_that_a_normalization_makes_tiny_make_up_for_nothing():
   made = course('nested')
-  layer = Graph(made.original).layers['body/b_bn']
+  layer = made._original.layers['body/b_bn']
   gamma = np.array(layer.gamma)
   gamma[2] = 1e-6
   layer.gamma.assign(gamma)

@@ -147,14 +147,16 @@ class Layerwise:
   def _survey(self):
     """Chooses for the units with several readers, from what they read in the original model."""
     joint = [unit for unit in self._units if len(unit.readers) > 1]
-    problems = self.problems({path for unit in joint for path in unit.readers})
+    problems = self.problems(dict.fromkeys(path for unit in joint for path in unit.readers))
     for unit in joint:
       self._choose(unit, problems)
 
   def problems(self, paths):
-    """Returns {path: `Problem`} of layers in the original model, from one pass over the samples."""
-    # Workers sum them one after the other, so their order must be the same everywhere.
-    paths = sorted(paths)
+    """Returns {path: `Problem`} of layers in the original model, from one pass over the samples.
+
+    Args:
+      paths: in the same order on all workers, which sum them one after the other.
+    """
     problems = {path: Problem(self._original.layers[path]) for path in paths}
     for number, batch in enumerate(self._batches if paths else ()):
 
