@@ -136,6 +136,10 @@ class Graph:
     self.inputs = tuple(numbers[id(symbol)] for symbol in top.inputs)
     self._walk(top, '', numbers, inference_only=False)
     self.outputs = tuple(numbers[id(symbol)] for symbol in top.outputs)
+    # Tensor number: position of the last node that reads it.
+    self.last_readers = {
+      number: position for position, node in enumerate(self.nodes) for number in node.inputs
+    }
 
   def _add(self, path, operation, inputs, outputs, **fields):
     numbers = tuple(range(len(self._symbols), len(self._symbols) + len(outputs)))
@@ -231,8 +235,12 @@ class Graph:
       The list of output tensors.
     """
     values = dict(zip(self.inputs, inputs, strict=True))
-    for node in self.nodes:
+    for position, node in enumerate(self.nodes):
       self.step(node, values, call, training)
+      # What nobody reads any more goes, so that a big batch does not need the memory of all layers.
+      for number in set(node.inputs) - set(self.outputs):
+        if self.last_readers[number] == position:
+          del values[number]
     return [values[number] for number in self.outputs]
 
   def step(self, node, values, call=None, training=None):

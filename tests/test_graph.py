@@ -1,10 +1,12 @@
 """Graph: order, paths, numbers, and the same outputs as Keras."""
 
+import weakref
+
 import keras
 import numpy as np
 import pytest
 from keras import layers
-from toys import MODELS, images, nested_net, paths, shared_net
+from toys import MODELS, conv_net, images, nested_net, paths, shared_net
 
 from pocketsize.errors import UserError
 from pocketsize.graph import Graph
@@ -169,3 +171,18 @@ def test_a_sequential_model_built_by_its_first_call_is_accepted():
   model = keras.Sequential([layers.Dense(2, name='dense')])
   model(np.ones((1, 3), 'float32'))
   assert_same_run(model, np.ones((2, 3), 'float32'))
+
+
+def test_a_run_lets_go_of_what_nobody_reads_any_more():
+  graph = Graph(conv_net())
+  written, alive = {}, {}
+
+  def call(node, args, kwargs):
+    outputs = args[0] if node.is_input else node.operation(*args, **kwargs)
+    alive[node.path] = {path for path, made in written.items() if made() is not None}
+    written[node.path] = weakref.ref(outputs)
+    return outputs
+
+  graph.run([keras.ops.convert_to_tensor(images())], call, False)
+  assert 'conv1' not in alive['pool'] and 'bn0' not in alive['bn1']
+  assert 'relu1' in alive['pool']

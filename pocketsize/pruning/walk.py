@@ -37,9 +37,6 @@ class Walk:
       self._kept.append([dict(zip(graph.inputs, arrays, strict=True)) for graph in self.graphs])
     # Of each batch's kept tensors; who reads only some of the batches leaves the others behind.
     self._places = [0] * len(self._kept)
-    self._last_reader = {
-      number: position for position, node in enumerate(original.nodes) for number in node.inputs
-    }
     self.samples = sum(len(next(iter(kept[0].values()))) for kept in self._kept)
 
   def at(self, index):
@@ -65,7 +62,7 @@ class Walk:
           graph.step(node, part, _compute, training=False)
           for tensor in {*node.inputs, *node.outputs} - live:
             # An output of the model may have no reader.
-            if self._last_reader.get(tensor, position) == position:
+            if graph.last_readers.get(tensor, position) == position:
               del part[tensor]
       self.seconds += time.monotonic() - began
       if keeps:
