@@ -39,7 +39,9 @@ class ChannelPruned(ChannelLearner):
     cp_quadruple: bool = option(False, 'keep multiples of 4')
     cp_list_group: int = option(1000, 'layers to prune before the model is tuned', lower=1)
     cp_finetune: bool = option(False, 'tune for a short time between two groups')
-    cp_retrain: bool = option(False, 'train for the whole schedule between two groups')
+    cp_retrain: bool = option(
+      False, 'train for the whole schedule between two groups; so it is without cp_finetune'
+    )
     cp_nb_iters_ft_ratio: float = option(
       0.2, 'share of the schedule for which a group is tuned', above=0, upper=1
     )

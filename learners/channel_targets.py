@@ -64,6 +64,17 @@ class ChannelConfig:
         '--target=macs or latency and --target_share=SHARE go together. '
         f'Received: --target={self.target} and --target_share={self.target_share}.'
       )
+    for name, user in (
+      ('target_scope', ('macs', 'latency')),
+      ('target_format', ('latency',)),
+      ('target_table', ('latency',)),
+    ):
+      value = getattr(self, name)
+      if value != type(self).__dataclass_fields__[name].default and self.target not in user:
+        raise UserError(
+          f'--{name} has no effect without --target={" or ".join(user)}. '
+          f'Received: --{name}={value} and --target={self.target}.'
+        )
     if self.channel_trunk == 'sampler' and (self.target, self.target_scope) not in (
       ('ratio', 'group'),
       ('macs', 'group'),
@@ -104,7 +115,8 @@ def kept_counts(config, channels, found, ratios, multiple, rounding, folder, sco
     keep = filters.choose(channels, scores, macs=config.target_share, **arguments)
   else:
     path = config.target_table or pathlib.Path(folder) / f'latency_{config.target_format}.json'
-    table = LatencyTable(config.target_format, path, multiple)
+    # Its own grid: counts between are interpolated, so that few layers are timed.
+    table = LatencyTable(config.target_format, path)
     keep = choose_for_latency(channels, scores, config.target_share, table, **arguments).keep
   return {unit.name: int(np.sum(keep[unit.name])) for unit in found}
 

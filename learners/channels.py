@@ -15,6 +15,9 @@ from pocketsize.files import write_json
 from pocketsize.pruning import marginal, units
 from pocketsize.pruning.layerwise import Layerwise
 
+# Output positions of each image by which channels are ranked, where a learner takes all of them.
+RANKING_POINTS = 10
+
 
 class ChannelLearner(Learner):
   """Chooses channels, drops them from the model, and fine-tunes what is left.
@@ -84,14 +87,13 @@ class ChannelLearner(Learner):
   def _kept_counts(self, model, channels, found):
     """Returns the counts of channels.json, decided now if there is none; the same on all ranks."""
     path = self.folder / 'channels.json'
-    entries = self.runtime.broadcast(json.loads(path.read_text()) if path.exists() else None)
+    entries = self.runtime.broadcast(self._on_chief(lambda: _recorded(path)))
     if entries is None:
       scores = None
       if self.config.target_scope == 'network':
-        course = self.course(model, found, {})
         # In one order on all workers, as a set would not be.
         readers = dict.fromkeys(path for unit in found for path in unit.readers)
-        scores = marginal.worths(channels, found, course.problems(readers))
+        scores = marginal.worths(channels, found, self._survey(model).problems(readers))
       counts = self._on_chief(lambda: self.counts(channels, found, scores))
       entries = [
         {
@@ -105,6 +107,20 @@ class ChannelLearner(Learner):
       self._on_chief(lambda: write_json(path, entries))
       entries = self.runtime.broadcast(entries)
     return {entry['name']: entry['kept'] for entry in entries}
+
+  def _survey(self, model):
+    """Returns a `Layerwise` to rank channels with, whatever the learner chooses them by."""
+    samples, points = self.samples()
+    return Layerwise(
+      model,
+      [],
+      {},
+      None,
+      self.images(samples),
+      points=points or RANKING_POINTS,
+      seed=self.run.seed,
+      total=self.runtime.allreduce_sum,
+    )
 
   def multiple(self):
     """Returns what every layer keeps a multiple of."""
@@ -169,6 +185,18 @@ class ChannelLearner(Learner):
   def do(self, course, step):
     """Does one step."""
     course.do(step)
+
+
+def _recorded(path):
+  """Returns the entries of a channels.json; None if there is none."""
+  try:
+    return json.loads(path.read_text())
+  except FileNotFoundError:
+    return None
+  except ValueError as error:
+    raise UserError(
+      f'{path} is damaged: {error}. Remove the work folder, or give another --work_dir.'
+    ) from error
 
 
 def read_ratios(path, flag, paths):

@@ -45,7 +45,7 @@ class ChannelPrunedRemastered(ChannelLearner):
 
   def prepared(self, model):
     if self.config.cpr_warm_start:
-      return self._loaded(self.config.cpr_save_path_ws)
+      return self.kept('pruned.keras', lambda: self._loaded(self.config.cpr_save_path_ws))
     return super().prepared(model)
 
   def check(self):

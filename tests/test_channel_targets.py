@@ -103,6 +103,12 @@ def test_a_share_of_latency_goes_through_the_table(channels, tmp_path, monkeypat
       {'target': 'latency', 'target_share': 0.5, 'channel_trunk': 'sampler'},
       '--channel_trunk=sampler goes with',
     ),
+    ({'target_scope': 'network'}, '--target_scope has no effect without --target=macs or latency'),
+    ({'target_format': 'onnx'}, '--target_format has no effect without --target=latency'),
+    (
+      {'target': 'macs', 'target_share': 0.5, 'target_table': 'x.json'},
+      '--target_table has no effect',
+    ),
     ({'channel_multiple': 0}, '--channel_multiple must be'),
     ({'channel_trunk': 'none'}, '--channel_trunk must be one of shared, sampler, whole'),
   ],
@@ -124,6 +130,43 @@ def test_a_run_to_a_share_of_macs_ends_below_it(tmp_path):
   assert all(after[unit['name']] == unit['kept'] for unit in kept)
   # What the last convolution reads stays whole.
   assert [unit['kept'] < unit['channels'] for unit in kept] == [True, False, True]
+
+
+@pytest.mark.parametrize(
+  'learner',
+  [
+    CHANNEL,
+    ['--learner=chn-pruned-rmt', '--cpr_nb_smpls=200'],
+    ['--learner=chn-pruned-gpu', '--cpg_nb_iters_layer=5'],
+    [
+      '--learner=dis-chn-pruned',
+      '--dcp_nb_stages=1',
+      '--dcp_nb_iters_block=2',
+      '--dcp_nb_iters_layer=1',
+    ],
+  ],
+  ids=lambda learner: learner[0],
+)
+def test_every_learner_ranks_the_whole_network(tmp_path, learner):
+  arguments = ['--target=macs', '--target_share=0.5', '--target_scope=network']
+  assert run(tmp_path, *learner, *arguments) == 0
+  report = json.loads((tmp_path / 'report.json').read_text())
+  assert report['compressed']['macs'] <= 0.5 * report['float']['macs']
+
+
+def test_a_share_of_latency_is_met_in_the_runtime(tmp_path):
+  arguments = ['--target=latency', '--target_share=0.8', '--target_format=tflite']
+  assert run(tmp_path, *CHANNEL, *arguments) == 0
+  assert json.loads((tmp_path / 'latency_tflite.json').read_text())
+  report = json.loads((tmp_path / 'report.json').read_text())
+  assert report['compressed']['macs'] < report['float']['macs']
+
+
+def test_damaged_counts_are_one_sentence(tmp_path, capfd):
+  assert run(tmp_path, *CHANNEL) == 0
+  (tmp_path / 'channels.json').write_text('[{"na')
+  assert run(tmp_path, *CHANNEL) == 2
+  assert 'channels.json is damaged' in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

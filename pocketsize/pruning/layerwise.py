@@ -20,8 +20,7 @@ from pocketsize.sparsity.magnitude import Mask
 from pocketsize.transform import Placement
 
 MEMORY = 2**31
-# What `_add_behind` looks through, and what it looks for.
-_ADDS = ('Add',)
+# A batch norm that makes a channel smaller than this has nothing to make up for.
 _LEAST_SCALE = 1e-3
 
 
@@ -88,10 +87,12 @@ class Layerwise:
       *self._chosen.values(),
     ]
     self.errors = {}
+    self._earlier_seconds, self._walk = 0.0, None
     self.restart()
 
   def restart(self):
     """Says that the current model was changed from outside, such as by training."""
+    self._earlier_seconds = self.forward_seconds
     self._walk = Walk(self._original, self._current, self._batches, self._memory)
 
   def rebase(self):
@@ -104,8 +105,8 @@ class Layerwise:
 
   @property
   def forward_seconds(self):
-    """Seconds spent on forward passes since the last `restart`."""
-    return self._walk.seconds
+    """Seconds spent on the forward passes that give layers their inputs, in this process."""
+    return self._earlier_seconds + (self._walk.seconds if self._walk else 0.0)
 
   def do(self, step):
     """Does one of `steps`."""
@@ -246,7 +247,7 @@ class Layerwise:
       scale = np.where(small, 0.0, 1.0 / np.where(small, 1.0, factor)).astype(np.float32)
       tensor = consumers[0].outputs[0]
       consumers = graph.consumers(tensor)
-    if len(consumers) != 1 or type(consumers[0].operation).__name__ not in _ADDS:
+    if len(consumers) != 1 or type(consumers[0].operation).__name__ != 'Add':
       return None
     others = [number for number in consumers[0].inputs if number != tensor]
     if len(others) != 1 or graph.shape(others[0]) != graph.shape(tensor):
