@@ -52,6 +52,11 @@ class ChannelLearner(Learner):
     return self.helper.epochs()
 
   def check(self):
+    if self.run.loss_w_dst_features and self.config.channel_trunk == 'shared':
+      raise UserError(
+        '--loss_w_dst_features compares what layers give in student and teacher, so trunks must '
+        'keep their channels: use --channel_trunk=whole or sampler. Received: shared.'
+      )
     channels, found, _ = self.plan(self.source())
     if self.config.target != 'latency':
       self.counts(channels, found)

@@ -36,7 +36,14 @@ class RunConfig:
     above=0,
   )
   enbl_dst: bool = option(False, 'distill from the float model')
-  loss_w_dst: float = option(4.0, 'factor of the distillation loss', lower=0)
+  loss_w_dst: float = option(4.0, 'factor of the distillation loss of the logits', lower=0)
+  loss_w_dst_features: float = option(
+    0.0,
+    "factor of the distillation loss of what layers give, where the student has the teacher's "
+    'channels',
+    lower=0,
+  )
+  dst_features: str = option('Add', 'types of those layers, comma-separated')
   tempr_dst: float = option(4.0, 'temperature of the distillation', above=0)
   save_path_dst: str | None = option(
     None, "file of another teacher of the net's architecture; unset: the float model"
@@ -59,13 +66,25 @@ class RunConfig:
         f'--export_formats must be all, none, or names out of {", ".join(conversion.FORMATS)}. '
         f'Received: {unknown[0]!r}.'
       )
-    for name in ('loss_w_dst', 'tempr_dst', 'save_path_dst'):
+    for name in (
+      'loss_w_dst',
+      'tempr_dst',
+      'loss_w_dst_features',
+      'dst_features',
+      'save_path_dst',
+    ):
       default = type(self).__dataclass_fields__[name].default
       if not self.enbl_dst and getattr(self, name) != default:
         raise UserError(
           f'--{name} is about distillation, which is off: add --enbl_dst, or leave it out. '
           f'Received: --{name}={getattr(self, name)}.'
         )
+    default = type(self).__dataclass_fields__['dst_features'].default
+    if self.dst_features != default and not self.loss_w_dst_features:
+      raise UserError(
+        '--dst_features has no effect without --loss_w_dst_features. '
+        f'Received: --dst_features={self.dst_features}.'
+      )
 
   @property
   def formats(self):

@@ -81,11 +81,9 @@ class Learner(abc.ABC):
     """Raises a UserError for what would else be found out after hours of training."""
     model = self.source()
     stack = Stack(self.compressors(Graph(model), self._steps(self.epochs())))
+    if self.run.enbl_dst:
+      stack.compressors.append(self.distillation(model))
     conversion.check_formats(configure.attach(model, stack), self.run.formats)
-    if self.run.save_path_dst:
-      self._on_chief(
-        lambda: self.helper.load_pretrained(self.helper.build(), self.run.save_path_dst)
-      )
 
   def _opened_folder(self):
     parts = (self.run, self.helper.config, self.config)
@@ -220,9 +218,13 @@ class Learner(abc.ABC):
     """Returns the `Distillation` that the flags ask for; `teacher` is the float model."""
     if self.run.save_path_dst:
       teacher = self._loaded(self.run.save_path_dst)
-    return Distillation(
-      instrument(teacher), DistillationConfig(self.run.loss_w_dst, self.run.tempr_dst)
+    config = DistillationConfig(
+      self.run.loss_w_dst,
+      self.run.tempr_dst,
+      self.run.loss_w_dst_features,
+      tuple(self.run.dst_features.split(',')),
     )
+    return Distillation(instrument(teacher), config)
 
   def _calibrate(self, model):
     if self._checkpoints('compressed').latest:

@@ -51,6 +51,9 @@ class Compressor(abc.ABC):
     Pure in the step and the weights: calling it twice changes nothing.
     """
 
+  def observe(self, node, outputs):  # noqa: B027
+    """Sees what a node of the bound model computes for a training batch, before its `loss`."""
+
   def loss(self, x, y, outputs):
     """Returns a term to add to the training loss, for a batch."""
     return 0.0
@@ -98,6 +101,10 @@ class Stack(Compressor):
   def update(self, step):
     for compressor in self.compressors:
       compressor.update(step)
+
+  def observe(self, node, outputs):
+    for compressor in self.compressors:
+      compressor.observe(node, outputs)
 
   def loss(self, x, y, outputs):
     return sum(compressor.loss(x, y, outputs) for compressor in self.compressors)

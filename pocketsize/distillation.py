@@ -1,4 +1,9 @@
-"""Distillation from the float model (Hinton et al. 2015, arXiv:1503.02531)."""
+"""Distillation from the float model: its logits, and what it computes on the way to them.
+
+Logits: Hinton et al. 2015 (arXiv:1503.02531). Features: the hints of Romero et al. 2015
+(arXiv:1412.6550, equation 3), at every place where the student has the teacher's channels, so that
+no regressor is needed between them.
+"""
 
 import dataclasses
 
@@ -7,12 +12,13 @@ import tensorflow as tf
 
 from pocketsize.compressor import Compressor
 from pocketsize.errors import UserError
+from pocketsize.instrument import Instrumented, instrument
 
 
 def distillation_loss(student, teacher, temperature):
   """Returns T^2 times the mean cross entropy of softmax(teacher / T) and softmax(student / T).
 
-  The factor T^2 keeps the gradient's size when T changes (section 2 of the paper).
+  The factor T^2 keeps the gradient's size when T changes (section 2 of Hinton et al.).
 
   Args:
     student, teacher: [batch, classes] logits.
@@ -23,23 +29,39 @@ def distillation_loss(student, teacher, temperature):
   return temperature**2 * tf.reduce_mean(cross_entropy)
 
 
+def feature_loss(student, teacher):
+  """Returns the squared error of features in units of their energy: sum (s - t)^2 / sum t^2.
+
+  Args:
+    student, teacher: tensors of one shape.
+  """
+  return tf.math.divide_no_nan(
+    tf.reduce_sum(tf.square(student - teacher)), tf.reduce_sum(tf.square(teacher))
+  )
+
+
 @dataclasses.dataclass(frozen=True)
 class DistillationConfig:
   """How much the student listens.
 
   Attributes:
-    weight: factor of the loss, not negative.
+    weight: factor of the logits' loss, not negative.
     temperature: of both softmaxes, positive.
+    feature_weight: factor of the features' loss, which is the sum of `feature_loss` over the
+      layers; not negative, 0 for none.
+    feature_layers: types of the layers whose outputs are features.
   """
 
   weight: float = 4.0
   temperature: float = 4.0
+  feature_weight: float = 0.0
+  feature_layers: tuple = ('Add',)
 
   def __post_init__(self):
-    if self.weight < 0 or self.temperature <= 0:
+    if self.weight < 0 or self.temperature <= 0 or self.feature_weight < 0:
       raise UserError(
-        'Distillation wants `weight` at least 0 and `temperature` above 0. '
-        f'Received: {self.weight}, {self.temperature}.'
+        'Distillation wants `weight` and `feature_weight` at least 0 and `temperature` above 0. '
+        f'Received: {self.weight}, {self.feature_weight}, {self.temperature}.'
       )
 
 
@@ -56,15 +78,62 @@ class Distillation(Compressor):
 
   def __init__(self, teacher, config=None, logits=lambda outputs: outputs):
     super().__init__()
-    self.teacher = teacher
     self.config = config or DistillationConfig()
+    if self.config.feature_weight and not isinstance(teacher, Instrumented):
+      teacher = instrument(teacher)
+    self.teacher = teacher
     self.logits = logits
+    self._paths = frozenset()
+    self._seen = {}
 
   def plan(self, graph):
     return []
 
+  def bind(self, model):
+    if self.config.feature_weight:
+      self._paths = self._compared(model.graph)
+
+  def _compared(self, graph):
+    """Returns the paths of the layers whose outputs have the same shape in both models."""
+    mine, wanted = (self._shapes(each) for each in (graph, self.teacher.graph))
+    paths = frozenset(path for path, shape in mine.items() if wanted.get(path) == shape)
+    if not paths:
+      raise UserError(
+        'Features are distilled where student and teacher have layers of the same name and shape, '
+        f'of type {" or ".join(self.config.feature_layers)}; there are none. '
+        f'Received: a student with {mine or "no such layer"}, a teacher with '
+        f'{wanted or "no such layer"}.'
+      )
+    return paths
+
+  def _shapes(self, graph):
+    return {
+      node.path: graph.shape(node.outputs[0])
+      for node in graph.nodes
+      if type(node.operation).__name__ in self.config.feature_layers
+    }
+
+  def observe(self, node, outputs):
+    if node.path in self._paths:
+      self._seen[node.path] = outputs
+
   def loss(self, x, y, outputs):
-    teacher = tf.stop_gradient(self.logits(self.teacher(x, training=False)))
-    return self.config.weight * distillation_loss(
-      keras.ops.convert_to_tensor(self.logits(outputs)), teacher, self.config.temperature
+    wanted = {}
+
+    def observe(node, outputs):
+      if node.path in self._paths:
+        wanted[node.path] = tf.stop_gradient(outputs)
+
+    if self._paths:
+      teacher = self.teacher.run(x, training=False, observe=observe)
+    else:
+      teacher = self.teacher(x, training=False)
+    loss = self.config.weight * distillation_loss(
+      keras.ops.convert_to_tensor(self.logits(outputs)),
+      tf.stop_gradient(self.logits(teacher)),
+      self.config.temperature,
+    )
+    seen, self._seen = self._seen, {}
+    return loss + self.config.feature_weight * sum(
+      feature_loss(seen[path], wanted[path]) for path in sorted(wanted)
     )

@@ -92,7 +92,8 @@ class Instrumented(keras.Model):
     return np.array(keras.ops.convert_to_numpy(self.transformed(path, point)))
 
   def call(self, inputs, training=None):
-    return self.run(inputs, training)
+    observe = self.stack.observe if self.stack and training else None
+    return self.run(inputs, training, observe=observe)
 
   def run(self, inputs, training=None, activate=None, observe=None):
     """Computes the outputs.

@@ -310,6 +310,8 @@ def test_each_learner_has_the_shared_flags(tmp_path, capfd, learner):
   """Refused for their value alone, which comes after whether they belong."""
   assert run(tmp_path, *LEARNERS[learner], '--channel_trunk=half') == 2
   assert '--channel_trunk must be one of shared, sampler, whole' in capfd.readouterr().err
+  assert run(tmp_path, *LEARNERS[learner], '--enbl_dst', '--loss_w_dst_features=1') == 2
+  assert 'use --channel_trunk=whole or sampler. Received: shared' in capfd.readouterr().err
   arguments = ['--channel_trunk=whole', '--channel_multiple=2', '--channel_memory=0.1']
   assert run(tmp_path, *LEARNERS[learner], *arguments, '--pretrained=missing.keras') == 2
   assert 'missing.keras' in capfd.readouterr().err

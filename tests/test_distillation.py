@@ -1,15 +1,22 @@
-"""Distillation: the loss by hand, and what T^2 is for."""
+"""Distillation: the losses by hand, what T^2 is for, and where features are compared."""
 
 import math
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from keras import layers
 from toys import conv_net, images, labels
 
 from pocketsize.compressor import Stack, Stage
 from pocketsize.configure import attach
-from pocketsize.distillation import Distillation, DistillationConfig, distillation_loss
+from pocketsize.distillation import (
+  Distillation,
+  DistillationConfig,
+  distillation_loss,
+  feature_loss,
+)
 from pocketsize.errors import UserError
 
 
@@ -90,9 +97,92 @@ def test_fit_adds_it_in_training_and_not_in_evaluation():
   assert stack.stage(0) is Stage.FULL
 
 
-@pytest.mark.parametrize('bad', [(-1.0, 4.0), (1.0, 0.0), (1.0, -2.0)])
+def residual_net(inner, seed, trunk=4):
+  """Two additions, 'one' of `trunk` channels and 'two' of 4; `inner` channels inside the first."""
+  keras.utils.set_random_seed(seed)
+  x = inputs = keras.Input((8, 8, 3), name='images')
+  x = layers.Conv2D(trunk, 3, padding='same', name='stem')(x)
+  y = layers.ReLU(name='relu')(layers.Conv2D(inner, 3, padding='same', name='inside')(x))
+  x = layers.Add(name='one')([x, layers.Conv2D(trunk, 3, padding='same', name='back')(y)])
+  x = layers.BatchNormalization(name='bn')(layers.Conv2D(4, 1, name='reduce')(x))
+  x = layers.Add(name='two')([x, layers.Conv2D(4, 3, padding='same', name='last')(x)])
+  x = layers.GlobalAveragePooling2D(name='pool')(x)
+  return keras.Model(inputs, layers.Dense(4, name='head')(x), name='residual_net')
+
+
+def test_the_feature_loss_by_hand():
+  """Errors 1 and 2 against energies 4 and 16: (1 + 4) / (4 + 16)."""
+  student, teacher = tf.constant([[3.0, 2.0]]), tf.constant([[2.0, 4.0]])
+  assert float(feature_loss(student, teacher)) == pytest.approx(5 / 20, rel=1e-6)
+
+
+def test_a_teacher_whose_feature_is_zero_teaches_nothing():
+  assert float(feature_loss(tf.ones((2, 3)), tf.zeros((2, 3)))) == 0.0
+
+
+@pytest.mark.parametrize(
+  'student, compared',
+  [
+    (residual_net(2, seed=2), ('one', 'two')),
+    (residual_net(2, seed=2, trunk=3), ('two',)),  # 'one' has lost a channel
+  ],
+  ids=['trunk-whole', 'trunk-narrow'],
+)
+def test_a_training_step_adds_the_relative_errors_of_the_features(student, compared):
+  """The oracle reads the layers through models of Keras' own."""
+  teacher, x = residual_net(5, seed=1), images()
+  config = DistillationConfig(0.0, 4.0, 3.0)
+  model = attach(student, Stack([Distillation(teacher, config)]))
+  expected = 0.0
+  for name in compared:
+    got, wanted = (
+      np.array(keras.Model(each.inputs, each.get_layer(name).output)(x, training=training))
+      for each, training in ((student, True), (teacher, False))
+    )
+    expected += 3.0 * np.sum((got - wanted) ** 2) / np.sum(wanted**2)
+  model.compile(keras.optimizers.SGD(0.0), lambda y, outputs: 0.0 * tf.reduce_sum(outputs, axis=-1))
+  loss = np.ravel(model.train_on_batch(x, labels()))[0]
+  assert loss == pytest.approx(expected, rel=1e-4)
+
+
+def test_features_pull_the_student_alone():
+  """The logits have no weight, so what moves the student is what its layers give."""
+  teacher, student = residual_net(5, seed=1), residual_net(2, seed=2)
+  before = [np.array(weight) for weight in teacher.weights]
+  model = attach(student, Stack([Distillation(teacher, DistillationConfig(0.0, 4.0, 1.0))]))
+  model.compile(
+    keras.optimizers.SGD(0.02), lambda y, outputs: 0.0 * tf.reduce_sum(outputs, axis=-1)
+  )
+  losses = [float(np.ravel(model.train_on_batch(images(), labels()))[0]) for _ in range(20)]
+  assert losses[-1] < 0.7 * losses[0]
+  for weight, old in zip(teacher.weights, before, strict=True):
+    np.testing.assert_array_equal(weight, old)
+
+
+def test_evaluation_sees_no_features():
+  distillation = Distillation(residual_net(5, seed=1), DistillationConfig(1.0, 4.0, 1.0))
+  model = attach(residual_net(2, seed=2), Stack([distillation]))
+  distillation.observe = None  # it would be called
+  model(images(), training=False)
+
+
+@pytest.mark.parametrize(
+  'types, found', [(('Add',), "'sum'"), (('Add', 'Conv1D'), 'no such layer')]
+)
+def test_features_that_nothing_matches_are_refused(types, found):
+  inputs = keras.Input((8, 8, 3))
+  narrow = layers.Conv2D(2, 3, padding='same', name='conv')(inputs)
+  student = keras.Model(inputs, layers.Add(name='sum')([narrow, narrow]))
+  if 'Conv1D' in types:
+    student = conv_net('student')
+  stack = Stack([Distillation(residual_net(5, seed=1), DistillationConfig(1.0, 4.0, 1.0, types))])
+  with pytest.raises(UserError, match=rf'of type {" or ".join(types)}; there are none.*{found}'):
+    attach(student, stack)
+
+
+@pytest.mark.parametrize('bad', [(-1.0, 4.0), (1.0, 0.0), (1.0, -2.0), (1.0, 4.0, -1.0)], ids=str)
 def test_nonsense_is_refused(bad):
   with pytest.raises(
-    UserError, match=r'`weight` at least 0 and `temperature` above 0\. Received: '
+    UserError, match=r'`feature_weight` at least 0 and `temperature` above 0\. Received: '
   ):
     DistillationConfig(*bad)

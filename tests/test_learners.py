@@ -85,7 +85,9 @@ def undisturbed(tmp_path_factory):
   'phase, step', [('float', 3), ('float', 16), ('compressed', 1), ('compressed', 15)]
 )
 @pytest.mark.parametrize(
-  'learner', [UNIFORM, [*SPARSE, '--enbl_dst']], ids=['uniform', 'sparse-distilled']
+  'learner',
+  [UNIFORM, [*SPARSE, '--enbl_dst', '--loss_w_dst_features=1', '--dst_features=ReLU']],
+  ids=['uniform', 'sparse-distilled'],
 )
 def test_a_run_killed_at_any_step_ends_with_the_same_bits(
   tmp_path, kill_at, undisturbed, learner, phase, step
@@ -275,6 +277,13 @@ def test_evaluation_reproduces_the_report_and_writes_nothing(tmp_path, capfd):
     (['--learner=uniform', '--uql_bucket_type=split'], '--uql_bucket_type has no effect'),
     (['--learner=full-prec', '--save_path_dst=x.keras'], 'add --enbl_dst'),
     (['--tempr_dst=2'], '--tempr_dst is about distillation, which is off'),
+    (['--learner=uniform', '--loss_w_dst_features=1'], 'is about distillation, which is off'),
+    (
+      ['--learner=uniform', '--enbl_dst', '--dst_features=ReLU'],
+      'no effect without --loss_w_dst_features',
+    ),
+    # The digits' net has no addition: said before anything is trained.
+    (['--learner=uniform', '--enbl_dst', '--loss_w_dst_features=1'], 'of type Add; there are none'),
     (['--learner=full-prec', '--enbl_dst'], 'needs --save_path_dst'),
     (
       ['--learner=full-prec', '--enbl_dst', '--save_path_dst=x.keras', '--pretrained=y.keras'],
