@@ -52,11 +52,6 @@ class ChannelLearner(Learner):
     return self.helper.epochs()
 
   def check(self):
-    if self.run.loss_w_dst_features and self.config.channel_trunk == 'shared':
-      raise UserError(
-        '--loss_w_dst_features compares what layers give in student and teacher, so trunks must '
-        'keep their channels: use --channel_trunk=whole or sampler. Received: shared.'
-      )
     channels, found, _ = self.plan(self.source())
     if self.config.target != 'latency':
       self.counts(channels, found)
@@ -92,7 +87,7 @@ class ChannelLearner(Learner):
   def _kept_counts(self, model, channels, found):
     """Returns the counts of channels.json, decided now if there is none; the same on all ranks."""
     path = self.folder / 'channels.json'
-    entries = self.runtime.broadcast(self._on_chief(lambda: _recorded(path)))
+    entries = self._recorded('channels.json')
     if entries is None:
       scores = None
       if self.config.target_scope == 'network':
@@ -112,6 +107,22 @@ class ChannelLearner(Learner):
       self._on_chief(lambda: write_json(path, entries))
       entries = self.runtime.broadcast(entries)
     return {entry['name']: entry['kept'] for entry in entries}
+
+  def _recorded(self, name):
+    """Returns what a .json file of the work folder holds, on all ranks; None if there is none."""
+    path = self.folder / name
+
+    def read():
+      try:
+        return json.loads(path.read_text())
+      except FileNotFoundError:
+        return None
+      except ValueError as error:
+        raise UserError(
+          f'{path} is damaged: {error}. Remove the work folder, or give another --work_dir.'
+        ) from error
+
+    return self.runtime.broadcast(self._on_chief(read))
 
   def _survey(self, model):
     """Returns a `Layerwise` to rank channels with, whatever the learner chooses them by."""
@@ -150,7 +161,19 @@ class ChannelLearner(Learner):
         self.runtime.broadcast_variables(course.variables)
         self._on_chief(lambda done=number + 1: checkpoints.save(done, course.variables))
     self.seconds['selection_forward'] = round(course.forward_seconds, 2)
+    keep = {name: np.flatnonzero(kept).tolist() for name, kept in course.keep.items()}
+    self._on_chief(lambda: write_json(self.folder / 'kept.json', keep))
     return course.shrunk()
+
+  def surviving(self, model):
+    kept = self._recorded('kept.json')
+    if kept is None:
+      return {}
+    channels = ChannelGraph(model)
+    keep = {
+      group.name: np.isin(np.arange(group.size), kept[group.name]) for group in channels.groups
+    }
+    return units.positions(channels, keep)
 
   def course(self, model, found, counts):
     """Returns the `Layerwise` of a model, for the samples that this worker has."""
@@ -190,18 +213,6 @@ class ChannelLearner(Learner):
   def do(self, course, step):
     """Does one step."""
     course.do(step)
-
-
-def _recorded(path):
-  """Returns the entries of a channels.json; None if there is none."""
-  try:
-    return json.loads(path.read_text())
-  except FileNotFoundError:
-    return None
-  except ValueError as error:
-    raise UserError(
-      f'{path} is damaged: {error}. Remove the work folder, or give another --work_dir.'
-    ) from error
 
 
 def read_ratios(path, flag, paths):

@@ -39,8 +39,8 @@ class RunConfig:
   loss_w_dst: float = option(4.0, 'factor of the distillation loss of the logits', lower=0)
   loss_w_dst_features: float = option(
     0.0,
-    "factor of the distillation loss of what layers give, where the student has the teacher's "
-    'channels',
+    "factor of the distillation loss of what layers give, where the student's channels are some of "
+    "the teacher's",
     lower=0,
   )
   dst_features: str = option('Add', 'types of those layers, comma-separated')

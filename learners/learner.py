@@ -214,8 +214,16 @@ class Learner(abc.ABC):
     initial = workers * (self.run.lrn_rate_ft or 0.1 * self.helper.config.lrn_rate_init)
     return schedules.cosine(step, steps, initial)
 
+  def surviving(self, model):
+    """Returns {path: positions along a layer's channels that `prepared` left of those of `model`}.
+
+    Layers that lost none are missing.
+    """
+    return {}
+
   def distillation(self, teacher):
     """Returns the `Distillation` that the flags ask for; `teacher` is the float model."""
+    channels = self.surviving(teacher) if self.run.loss_w_dst_features else {}
     if self.run.save_path_dst:
       teacher = self._loaded(self.run.save_path_dst)
     config = DistillationConfig(
@@ -224,7 +232,7 @@ class Learner(abc.ABC):
       self.run.loss_w_dst_features,
       tuple(self.run.dst_features.split(',')),
     )
-    return Distillation(instrument(teacher), config)
+    return Distillation(instrument(teacher), config, channels=channels)
 
   def _calibrate(self, model):
     if self._checkpoints('compressed').latest:

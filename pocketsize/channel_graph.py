@@ -206,6 +206,10 @@ class ChannelGraph:
       for kind in dict.fromkeys(kinds[kinds >= 0].tolist())
     }
 
+  def ids(self, tensor):
+    """Returns the channels of tensor number `tensor` of the graph."""
+    return self._labels[tensor].ids
+
   @property
   def tensors(self):
     """The channels of every tensor, none of which may lose all."""

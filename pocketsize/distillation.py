@@ -1,8 +1,8 @@
 """Distillation from the float model: its logits, and what it computes on the way to them.
 
 Logits: Hinton et al. 2015 (arXiv:1503.02531). Features: the hints of Romero et al. 2015
-(arXiv:1412.6550, equation 3), at every place where the student has the teacher's channels, so that
-no regressor is needed between them.
+(arXiv:1412.6550, equation 3), wherever the student's channels are some of the teacher's, so that no
+regressor is needed between them.
 """
 
 import dataclasses
@@ -72,18 +72,22 @@ class Distillation(Compressor):
     teacher: a Keras model that gives logits; it runs in inference mode and is not trained.
     config: `DistillationConfig`.
     logits: takes a model's outputs to [batch, classes] logits.
+    channels: {path of a layer: positions of those of the teacher's channels that the student has};
+      layers that are missing have all.
   """
 
   Config = DistillationConfig
 
-  def __init__(self, teacher, config=None, logits=lambda outputs: outputs):
+  def __init__(self, teacher, config=None, logits=lambda outputs: outputs, channels=None):
     super().__init__()
     self.config = config or DistillationConfig()
     if self.config.feature_weight and not isinstance(teacher, Instrumented):
       teacher = instrument(teacher)
     self.teacher = teacher
     self.logits = logits
-    self._paths = frozenset()
+    self._channels = channels or {}
+    # Path: takes the teacher's feature to the channels of the student's.
+    self._picks = {}
     self._seen = {}
 
   def plan(self, graph):
@@ -91,20 +95,23 @@ class Distillation(Compressor):
 
   def bind(self, model):
     if self.config.feature_weight:
-      self._paths = self._compared(model.graph)
+      self._picks = self._compared(model.graph)
 
   def _compared(self, graph):
-    """Returns the paths of the layers whose outputs have the same shape in both models."""
+    """Returns {path: pick} of the layers whose outputs have the same channels in both models."""
     mine, wanted = (self._shapes(each) for each in (graph, self.teacher.graph))
-    paths = frozenset(path for path, shape in mine.items() if wanted.get(path) == shape)
-    if not paths:
+    picks = {
+      path: _pick(shape, wanted.get(path), self._channels.get(path)) for path, shape in mine.items()
+    }
+    picks = {path: pick for path, pick in picks.items() if pick}
+    if not picks:
       raise UserError(
         'Features are distilled where student and teacher have layers of the same name and shape, '
         f'of type {" or ".join(self.config.feature_layers)}; there are none. '
         f'Received: a student with {mine or "no such layer"}, a teacher with '
         f'{wanted or "no such layer"}.'
       )
-    return paths
+    return picks
 
   def _shapes(self, graph):
     return {
@@ -114,17 +121,17 @@ class Distillation(Compressor):
     }
 
   def observe(self, node, outputs):
-    if node.path in self._paths:
+    if node.path in self._picks:
       self._seen[node.path] = outputs
 
   def loss(self, x, y, outputs):
     wanted = {}
 
     def observe(node, outputs):
-      if node.path in self._paths:
-        wanted[node.path] = tf.stop_gradient(outputs)
+      if node.path in self._picks:
+        wanted[node.path] = tf.stop_gradient(self._picks[node.path](outputs))
 
-    if self._paths:
+    if self._picks:
       teacher = self.teacher.run(x, training=False, observe=observe)
     else:
       teacher = self.teacher(x, training=False)
@@ -137,3 +144,20 @@ class Distillation(Compressor):
     return loss + self.config.feature_weight * sum(
       feature_loss(seen[path], wanted[path]) for path in sorted(wanted)
     )
+
+
+def _pick(shape, wanted, positions):
+  """Returns what takes a teacher's feature to the student's channels; None if nothing does.
+
+  Args:
+    shape, wanted: of the feature in the student and in the teacher, or None.
+    positions: of the teacher's channels that the student has; None for all.
+  """
+  if shape == wanted:
+    return lambda feature: feature
+  if positions is None or wanted is None or len(shape) != len(wanted):
+    return None
+  axes = [axis for axis, size in enumerate(shape) if size != wanted[axis]]
+  if len(axes) > 1 or len(positions) != shape[axes[0]] or max(positions) >= wanted[axes[0]]:
+    return None
+  return lambda feature: tf.gather(feature, positions, axis=axes[0])

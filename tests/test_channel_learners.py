@@ -8,12 +8,14 @@ import prunable
 import pytest
 from toys import conv_net
 
+from learners import learner as learner_module
 from learners import main
 from learners.channels import ChannelLearner
 from learners.chn_pruned_rmt import ChannelPrunedRemastered
 from nets import pretrained
 from nets.convnet_at_digits import ModelHelper
 from pocketsize import conversion
+from pocketsize.distillation import Distillation
 from pocketsize.errors import UserError
 from pocketsize.shrink import shrink
 from tests.test_learners import Killed, assert_same_bits, kill_at, run, weights
@@ -310,11 +312,35 @@ def test_each_learner_has_the_shared_flags(tmp_path, capfd, learner):
   """Refused for their value alone, which comes after whether they belong."""
   assert run(tmp_path, *LEARNERS[learner], '--channel_trunk=half') == 2
   assert '--channel_trunk must be one of shared, sampler, whole' in capfd.readouterr().err
-  assert run(tmp_path, *LEARNERS[learner], '--enbl_dst', '--loss_w_dst_features=1') == 2
-  assert 'use --channel_trunk=whole or sampler. Received: shared' in capfd.readouterr().err
   arguments = ['--channel_trunk=whole', '--channel_multiple=2', '--channel_memory=0.1']
   assert run(tmp_path, *LEARNERS[learner], *arguments, '--pretrained=missing.keras') == 2
   assert 'missing.keras' in capfd.readouterr().err
+
+
+def test_features_are_those_of_the_channels_that_stay(tmp_path, float_file, monkeypatch):
+  seen = []
+
+  class Recorded(Distillation):
+    def __init__(self, teacher, config, channels):
+      super().__init__(teacher, config, channels=channels)
+      seen.append(channels)
+
+    def bind(self, model):
+      super().bind(model)
+      assert sorted(self._picks) == ['relu0', 'relu1', 'relu2']
+
+  monkeypatch.setattr(learner_module, 'Distillation', Recorded)
+  distill = ['--enbl_dst', '--loss_w_dst_features=1', '--dst_features=ReLU']
+  assert run(tmp_path, *CHANNEL, *distill, f'--pretrained={float_file}') == 0
+  kept = json.loads((tmp_path / 'kept.json').read_text())
+  counts = {e['name']: e['kept'] for e in json.loads((tmp_path / 'channels.json').read_text())}
+  assert {name: len(positions) for name, positions in kept.items()} == counts
+  # Before the selection nothing is known, and nothing is gone.
+  assert seen[0] == {}
+  assert {path: list(places) for path, places in seen[-1].items() if 'relu' in path} == {
+    'relu0': kept['conv0'],
+    'relu2': kept['conv2'],
+  }
 
 
 def test_a_pruned_model_can_be_quantized(tmp_path, undisturbed):

@@ -121,24 +121,27 @@ def test_a_teacher_whose_feature_is_zero_teaches_nothing():
 
 
 @pytest.mark.parametrize(
-  'student, compared',
+  'trunk, channels, compared',
   [
-    (residual_net(2, seed=2), ('one', 'two')),
-    (residual_net(2, seed=2, trunk=3), ('two',)),  # 'one' has lost a channel
+    (4, {}, ('one', 'two')),
+    (3, {}, ('two',)),  # which channel of 'one' is lost is not known
+    (3, {'one': [0, 2, 3]}, ('one', 'two')),
+    (3, {'one': [0, 2]}, ('two',)),
+    (3, {'one': [0, 2, 4]}, ('two',)),
   ],
-  ids=['trunk-whole', 'trunk-narrow'],
 )
-def test_a_training_step_adds_the_relative_errors_of_the_features(student, compared):
+def test_a_training_step_adds_the_relative_errors_of_the_features(trunk, channels, compared):
   """The oracle reads the layers through models of Keras' own."""
-  teacher, x = residual_net(5, seed=1), images()
+  student, teacher, x = residual_net(2, seed=2, trunk=trunk), residual_net(5, seed=1), images()
   config = DistillationConfig(0.0, 4.0, 3.0)
-  model = attach(student, Stack([Distillation(teacher, config)]))
+  model = attach(student, Stack([Distillation(teacher, config, channels=channels)]))
   expected = 0.0
   for name in compared:
     got, wanted = (
       np.array(keras.Model(each.inputs, each.get_layer(name).output)(x, training=training))
       for each, training in ((student, True), (teacher, False))
     )
+    wanted = wanted[..., channels.get(name, slice(None))]
     expected += 3.0 * np.sum((got - wanted) ** 2) / np.sum(wanted**2)
   model.compile(keras.optimizers.SGD(0.0), lambda y, outputs: 0.0 * tf.reduce_sum(outputs, axis=-1))
   loss = np.ravel(model.train_on_batch(x, labels()))[0]

@@ -6,8 +6,11 @@ import pytest
 
 from pocketsize.channel_graph import ChannelGraph
 from pocketsize.errors import UserError
+from pocketsize.graph import Graph
 from pocketsize.pruning import units as units_module
 from pocketsize.pruning.units import Unit, counts, remaining, units
+from pocketsize.shrink import mask as masked
+from pocketsize.shrink import shrink
 
 
 def found(net, trunk):
@@ -270,3 +273,31 @@ def test_units_without_a_ratio_stay_whole():
 def test_counts_that_make_no_sense(arguments, message):
   with pytest.raises(UserError, match=message):
     counts([unit('a', 8), unit('b', 8)], *arguments)
+
+
+@pytest.mark.parametrize('net', ['chain', 'projection', 'pad', 'dense_net'])
+def test_positions_are_where_the_masked_model_has_what_the_smaller_one_computes(net):
+  model = prunable.NETS[net]()
+  channels = ChannelGraph(model)
+  keep = {group.name: np.arange(group.size) % 3 > 0 for group in channels.groups}
+  places = units_module.positions(channels, keep)
+  assert places
+  shape = (2, *model.inputs[0].shape[1:])
+  x = np.random.default_rng(0).normal(size=shape).astype('float32')
+
+  def features(model):
+    found = {}
+
+    def call(node, args, kwargs):
+      found[node.path] = args[0] if node.is_input else node.operation(*args, **kwargs)
+      return found[node.path]
+
+    Graph(model).run([x], call, training=False)
+    return found
+
+  before, after = features(masked(model, keep)), features(shrink(model, keep))
+  assert set(after) == set(before)
+  for path, value in after.items():
+    expected = np.array(before[path])
+    expected = expected[..., places[path]] if path in places else expected
+    np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-4, err_msg=path)

@@ -140,10 +140,14 @@ class Layerwise:
       placements.append(Placement(path, 'kernel', mask))
     return placements
 
+  @property
+  def keep(self):
+    """{group name: [channels] bool}: what at least one layer selects."""
+    return units_module.remaining(ChannelGraph(self.model), self.selected)
+
   def shrunk(self):
     """Returns the pruned model without the channels that no layer selects: an ordinary one."""
-    keep = units_module.remaining(ChannelGraph(self.model), self.selected)
-    return shrink(self.model, keep, selected=self.selected)
+    return shrink(self.model, self.keep, selected=self.selected)
 
   def _survey(self):
     """Chooses for the units with several readers, from what they read in the original model."""

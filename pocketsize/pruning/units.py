@@ -134,6 +134,23 @@ def remaining(channels, selected):
   return without_empty_tensors(channels, {name: np.zeros(len(keep[name])) for name in keep}, keep)
 
 
+def positions(channels, keep):
+  """Returns {path: positions along the channels of a node's output that `shrink` leaves}.
+
+  Nodes that lose no channel are missing.
+
+  Args:
+    channels: a `ChannelGraph`.
+    keep: {group name: [size] bool}.
+  """
+  is_dropped, found = channels.dropped(keep), {}
+  for node in channels.graph.nodes:
+    dropped = is_dropped(channels.ids(node.outputs[0]))
+    if dropped.any():
+      found[node.path] = np.flatnonzero(~dropped)
+  return found
+
+
 def expected(channels, units, counts):
   """Returns (`keep`, `selected`) of `shrink` with so many channels as a selection would leave.
 
