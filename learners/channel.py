@@ -105,7 +105,7 @@ class ChannelPruned(ChannelLearner):
       model,
       self.helper.epochs() * (self.config.cp_nb_iters_ft_ratio if short else 1.0),
       (lambda step, steps: self.config.cp_lrn_rate_ft) if short else self.tuning_rate,
-      optimizer='adam' if short else self.run.optimizer_ft,
+      optimizer='adam' if short else 'sgd',
     )
     course.model.set_weights(strip(model).get_weights())
     course.rebase()

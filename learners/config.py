@@ -35,12 +35,6 @@ class RunConfig:
     'meant for batch_size_norm samples a step, and scaled with their number; unset: a tenth of it',
     above=0,
   )
-  optimizer_ft: str = option(
-    'sgd',
-    'optimizer of the training of a compressed model: sgd, with momentum; or muon, which learns '
-    'more from a few epochs and wants an --lrn_rate_ft like that of Adam, such as 0.004',
-    choices=('sgd', 'muon'),
-  )
   enbl_dst: bool = option(False, 'distill from the float model')
   loss_w_dst: float = option(4.0, 'factor of the distillation loss of the logits', lower=0)
   loss_w_dst_features: float = option(

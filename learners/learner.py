@@ -180,7 +180,7 @@ class Learner(abc.ABC):
     if not self.epochs():
       return model
     self._on_chief(lambda: self._calibrate(model))
-    self._fit('compressed', model, self.epochs(), self.tuning_rate, optimizer=self.run.optimizer_ft)
+    self._fit('compressed', model, self.epochs(), self.tuning_rate)
     stack.update(steps)
     return self.finished(model)
 

@@ -16,7 +16,6 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from learners import optimizers
 from learners.progress import ProgressReport
 from pocketsize.compressor import CompressionCallback, Stack
 from pocketsize.errors import UserError
@@ -48,7 +47,7 @@ class Schedule(NamedTuple):
     momentum: of SGD, in [0, 1).
     weight_decay: factor w of the L2 penalty w/2 |v|^2 over all weights but batch norm's.
     save_step, summary_step: steps between two checkpoints, and between two reports.
-    optimizer: its name, see `optimizers.optimizer`.
+    optimizer: 'sgd', or 'adam', which takes no momentum.
     rate_flags: that set the learning rate, for the error if training diverges.
   """
 
@@ -87,7 +86,10 @@ def train(model, batches, loss, schedule, *, checkpoints, runtime, log_dir):
       [tf.nn.l2_loss(weight.value) for weight in decayed]
     )
 
-  optimizer = optimizers.optimizer(schedule.optimizer, schedule.learning_rate(0), schedule.momentum)
+  if schedule.optimizer == 'adam':
+    optimizer = keras.optimizers.Adam(schedule.learning_rate(0))
+  else:
+    optimizer = keras.optimizers.SGD(schedule.learning_rate(0), momentum=schedule.momentum)
   optimizer.build(model.trainable_variables)
   trainable = {id(variable) for variable in model.trainable_variables}
   state = [variable for variable in model.variables if id(variable) not in trainable]

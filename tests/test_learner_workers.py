@@ -23,17 +23,6 @@ LEARNERS = {
     '--ws_prune_ratio_prtl=heurist',
     '--ws_mask_update_step=3',
     '--enbl_dst',
-    '--loss_w_dst_features=1',
-    '--dst_features=ReLU',
-    '--optimizer_ft=muon',
-    '--lrn_rate_ft=0.004',
-  ],
-  'filters': [
-    '--learner=filters',
-    '--fp_ratio=0.5',
-    '--fp_criterion=taylor',
-    '--fp_schedule=exponential',
-    '--fp_mask_update_step=3',
   ],
   'dis-chn-pruned': [
     '--learner=dis-chn-pruned',

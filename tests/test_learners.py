@@ -86,11 +86,8 @@ def undisturbed(tmp_path_factory):
 )
 @pytest.mark.parametrize(
   'learner',
-  [
-    [*UNIFORM, '--optimizer_ft=muon', '--lrn_rate_ft=0.004'],
-    [*SPARSE, '--enbl_dst', '--loss_w_dst_features=1', '--dst_features=ReLU'],
-  ],
-  ids=['uniform-muon', 'sparse-distilled'],
+  [UNIFORM, [*SPARSE, '--enbl_dst', '--loss_w_dst_features=1', '--dst_features=ReLU']],
+  ids=['uniform', 'sparse-distilled'],
 )
 def test_a_run_killed_at_any_step_ends_with_the_same_bits(
   tmp_path, kill_at, undisturbed, learner, phase, step
