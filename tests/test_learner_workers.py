@@ -23,6 +23,18 @@ LEARNERS = {
     '--ws_prune_ratio_prtl=heurist',
     '--ws_mask_update_step=3',
     '--enbl_dst',
+    '--loss_w_dst_features=1',
+    '--dst_features=ReLU',
+  ],
+  'filters': [
+    '--learner=filters',
+    '--fp_ratio=0.5',
+    '--fp_criterion=taylor',
+    '--fp_schedule=exponential',
+    '--fp_iter_ratio_beg=0.2',
+    '--fp_prune_first_conv',
+    '--fp_prune_downsample_convs',
+    '--fp_mask_update_step=3',
   ],
   'dis-chn-pruned': [
     '--learner=dis-chn-pruned',
