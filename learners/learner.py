@@ -172,7 +172,7 @@ class Learner(abc.ABC):
     steps = self._steps(self.epochs())
     stack = Stack(self.compressors(Graph(student), steps))
     if self.epochs() and self.run.enbl_dst:
-      stack.compressors.append(self.distillation(float_model))
+      stack.compressors.append(self.distillation(float_model, self.surviving(float_model)))
     model = configure.attach(student, stack)
     plan = report.plan(model, stack)
     plan['skipped'] |= self.skipped
@@ -221,9 +221,13 @@ class Learner(abc.ABC):
     """
     return {}
 
-  def distillation(self, teacher):
-    """Returns the `Distillation` that the flags ask for; `teacher` is the float model."""
-    channels = self.surviving(teacher) if self.run.loss_w_dst_features else {}
+  def distillation(self, teacher, channels=None):
+    """Returns the `Distillation` that the flags ask for.
+
+    Args:
+      teacher: the float model.
+      channels: what `surviving` says of the student.
+    """
     if self.run.save_path_dst:
       teacher = self._loaded(self.run.save_path_dst)
     config = DistillationConfig(

@@ -335,8 +335,8 @@ def test_features_are_those_of_the_channels_that_stay(tmp_path, float_file, monk
   kept = json.loads((tmp_path / 'kept.json').read_text())
   counts = {e['name']: e['kept'] for e in json.loads((tmp_path / 'channels.json').read_text())}
   assert {name: len(positions) for name, positions in kept.items()} == counts
-  # Before the selection nothing is known, and nothing is gone.
-  assert seen[0] == {}
+  # In the check before the selection nothing is gone.
+  assert seen[0] is None
   assert {path: list(places) for path, places in seen[-1].items() if 'relu' in path} == {
     'relu0': kept['conv0'],
     'relu2': kept['conv2'],
