@@ -79,10 +79,7 @@ class ChannelPruned(ChannelLearner):
     else:
       dense = 1.0 - self.config.cp_uniform_preserve_ratio
       ratios = dict.fromkeys(convolutions, dense)
-    if self.config.target_scope == 'group':
-      # What a ratio cannot know, a ranking of the whole network does.
-      ratios |= dict.fromkeys((convolutions[0], convolutions[-1]), 0.0)
-    return ratios, dense
+    return ratios | dict.fromkeys((convolutions[0], convolutions[-1]), 0.0), dense
 
   def steps(self, course):
     """Layers, and after each whole group of them but the last the name of a tuning."""
