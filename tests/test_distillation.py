@@ -165,8 +165,12 @@ def test_features_pull_the_student_alone():
 def test_evaluation_sees_no_features():
   distillation = Distillation(residual_net(5, seed=1), DistillationConfig(1.0, 4.0, 1.0))
   model = attach(residual_net(2, seed=2), Stack([distillation]))
-  distillation.observe = None  # it would be called
+  seen = []
+  distillation.observe = lambda node, outputs: seen.append(node.path)
   model(images(), training=False)
+  assert seen == []
+  model(images(), training=True)
+  assert {'one', 'two'} <= set(seen)
 
 
 @pytest.mark.parametrize(
