@@ -106,7 +106,9 @@ class ChannelLearner(Learner):
       ]
       self._on_chief(lambda: write_json(path, entries))
       entries = self.runtime.broadcast(entries)
-    return {entry['name']: entry['kept'] for entry in entries}
+    counts = {entry['name']: entry['kept'] for entry in entries}
+    self._refuse_others('channels.json', counts, [unit.name for unit in found])
+    return counts
 
   def _recorded(self, name):
     """Returns what a .json file of the work folder holds, on all ranks; None if there is none."""
@@ -123,6 +125,14 @@ class ChannelLearner(Learner):
         ) from error
 
     return self.runtime.broadcast(self._on_chief(read))
+
+  def _refuse_others(self, name, received, groups):
+    """Raises a UserError if a file of the work folder is not about these groups of channels."""
+    if sorted(received) != sorted(groups):
+      raise UserError(
+        f'{self.folder / name} must be about the groups of channels {", ".join(groups)}. Remove '
+        f'the work folder, or give another --work_dir. Received: {", ".join(received)}.'
+      )
 
   def _survey(self, model):
     """Returns a `Layerwise` to rank channels with, whatever the learner chooses them by."""
@@ -170,6 +180,7 @@ class ChannelLearner(Learner):
     if kept is None:
       return {}
     channels = ChannelGraph(model)
+    self._refuse_others('kept.json', kept, [group.name for group in channels.groups])
     keep = {
       group.name: np.isin(np.arange(group.size), kept[group.name]) for group in channels.groups
     }

@@ -63,6 +63,11 @@ class DistillationConfig:
         'Distillation wants `weight` and `feature_weight` at least 0 and `temperature` above 0. '
         f'Received: {self.weight}, {self.feature_weight}, {self.temperature}.'
       )
+    if not all(self.feature_layers):
+      raise UserError(
+        'Distillation wants the types of the layers whose outputs are features, such as Add. '
+        f'Received: {", ".join(map(repr, self.feature_layers))}.'
+      )
 
 
 class Distillation(Compressor):
@@ -107,7 +112,9 @@ class Distillation(Compressor):
     if not picks:
       raise UserError(
         'Features are distilled where student and teacher have layers of the same name and shape, '
-        f'of type {" or ".join(self.config.feature_layers)}; there are none. '
+        'or the student some of the channels of the teacher and it is known which (not so for a '
+        'pruned model from a file, such as a warm start). There are none, of type '
+        f'{" or ".join(self.config.feature_layers)}. '
         f'Received: a student with {mine or "no such layer"}, a teacher with '
         f'{wanted or "no such layer"}.'
       )

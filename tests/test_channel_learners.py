@@ -1,6 +1,7 @@
 """The learners that prune channels layer by layer, on the digits: resume, flags, reports, files."""
 
 import json
+import shutil
 
 import keras
 import numpy as np
@@ -341,6 +342,19 @@ def test_features_are_those_of_the_channels_that_stay(tmp_path, float_file, monk
     'relu0': kept['conv0'],
     'relu2': kept['conv2'],
   }
+
+
+@pytest.mark.parametrize('name', ['channels.json', 'kept.json'])
+def test_a_record_of_other_channels_is_refused(tmp_path, undisturbed, float_file, capfd, name):
+  arguments = (*CHANNEL, '--enbl_dst')
+  folder = shutil.copytree(undisturbed(*arguments), tmp_path / 'copy')
+  text = (folder / name).read_text()
+  (folder / name).write_text(text.replace('"conv0"', '"conv9"'))
+  assert run(folder, *arguments, f'--pretrained={float_file}') == 2
+  said = capfd.readouterr().err
+  assert f'{name} must be about the groups of channels conv0, conv1, conv2' in said
+  assert 'Received: conv9' in said
+  assert 'Traceback' not in said
 
 
 def test_a_pruned_model_can_be_quantized(tmp_path, undisturbed):

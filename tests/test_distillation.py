@@ -183,7 +183,7 @@ def test_features_that_nothing_matches_are_refused(types, found):
   if 'Conv1D' in types:
     student = conv_net('student')
   stack = Stack([Distillation(residual_net(5, seed=1), DistillationConfig(1.0, 4.0, 1.0, types))])
-  with pytest.raises(UserError, match=rf'of type {" or ".join(types)}; there are none.*{found}'):
+  with pytest.raises(UserError, match=rf'There are none, of type {" or ".join(types)}.*{found}'):
     attach(student, stack)
 
 
@@ -193,3 +193,8 @@ def test_nonsense_is_refused(bad):
     UserError, match=r'`feature_weight` at least 0 and `temperature` above 0\. Received: '
   ):
     DistillationConfig(*bad)
+
+
+def test_features_of_no_layer_type_are_refused():
+  with pytest.raises(UserError, match=r"such as Add\. Received: 'Add', ''"):
+    DistillationConfig(feature_layers=('Add', ''))

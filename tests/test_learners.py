@@ -283,7 +283,7 @@ def test_evaluation_reproduces_the_report_and_writes_nothing(tmp_path, capfd):
       'no effect without --loss_w_dst_features',
     ),
     # The digits' net has no addition: said before anything is trained.
-    (['--learner=uniform', '--enbl_dst', '--loss_w_dst_features=1'], 'of type Add; there are none'),
+    (['--learner=uniform', '--enbl_dst', '--loss_w_dst_features=1'], 'There are none, of type Add'),
     (['--learner=full-prec', '--enbl_dst'], 'needs --save_path_dst'),
     (
       ['--learner=full-prec', '--enbl_dst', '--save_path_dst=x.keras', '--pretrained=y.keras'],
