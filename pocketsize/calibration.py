@@ -4,11 +4,8 @@ import keras
 import numpy as np
 
 from pocketsize.errors import UserError
-from pocketsize.quantization.quantizers import (
-  LEAST_WIDTH,
-  ActivationQuantizer,
-  WeightQuantizer,
-)
+from pocketsize.quantization.kernel_quantizer import KernelQuantizer
+from pocketsize.quantization.quantizers import LEAST_WIDTH, ActivationQuantizer
 
 
 def calibrate(model, batches):
@@ -54,7 +51,7 @@ def calibrate(model, batches):
 def fit_scales(model):
   """Sets the scale of every weight quantizer of an `Instrumented` model from the kernel it gets."""
   for placement in model.placements:
-    if isinstance(placement.transform, WeightQuantizer):
+    if isinstance(placement.transform, KernelQuantizer):
       placement.transform.fit(
         model.transformed(placement.path, placement.point, before=placement.transform)
       )

@@ -11,8 +11,9 @@ from rich.table import Table
 from pocketsize import cost, targets
 from pocketsize.graph import Graph
 from pocketsize.instrument import strip
+from pocketsize.quantization.kernel_quantizer import KernelQuantizer
 from pocketsize.quantization.placement import MOVING
-from pocketsize.quantization.quantizers import ActivationQuantizer, WeightQuantizer
+from pocketsize.quantization.quantizers import ActivationQuantizer
 
 FLOAT_BITS = 32
 PACKAGES = (
@@ -52,7 +53,7 @@ def weight_bits(model, path):
   bits = [
     transform.bits
     for place, _, transform in model.placements
-    if place == path and isinstance(transform, WeightQuantizer)
+    if place == path and isinstance(transform, KernelQuantizer)
   ]
   return max(bits, default=FLOAT_BITS)
 

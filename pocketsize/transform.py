@@ -1,4 +1,4 @@
-"""What acts inside the network: transforms, their places, and the grid that a file must hold."""
+"""What acts inside the network: transforms, their places, and the integers that files hold."""
 
 from typing import NamedTuple
 
@@ -23,6 +23,29 @@ class Grid(NamedTuple):
     return np.round(np.asarray(kernel, np.float64) / self.scale).astype(np.int32)
 
 
+class Codes(NamedTuple):
+  """A quantized kernel as integers, and what they stand for, to the last bit of float32.
+
+  Rows are those of `groups`. The value of a code in row r is `(code - zero_point[r]) * scale[r]`,
+  or `centres[r, code]` where there are centres.
+
+  Attributes:
+    codes: array of the kernel's shape, integers from 0 to 2 ** bits - 1.
+    bits: 1 to 16.
+    groups: a `Groups`: which weights have the same row.
+    scale: [rows] float32; None with centres.
+    zero_point: [rows] float32, whole or half numbers; None with centres.
+    centres: [rows, at most 2 ** bits] float32, or None.
+  """
+
+  codes: np.ndarray
+  bits: int
+  groups: object
+  scale: np.ndarray | None = None
+  zero_point: np.ndarray | None = None
+  centres: np.ndarray | None = None
+
+
 class Transform(keras.layers.Layer):
   """Maps a weight or an activation to a tensor of the same shape.
 
@@ -44,6 +67,10 @@ class Transform(keras.layers.Layer):
 
   def grid(self, kernel):
     """Returns the `Grid` on which `kernel` (array, as deployed) lies, or None if it has none."""
+    return None
+
+  def codes(self, kernel):
+    """Returns the `Codes` of `kernel` (array, as deployed), or None if it has none."""
     return None
 
 

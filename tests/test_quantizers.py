@@ -83,6 +83,22 @@ def test_weight_quantizer_against_the_slow_loop(bits, granularity):
     np.testing.assert_allclose(got[group], slow, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize('granularity', ['tensor', 'channel', 'bucket'])
+@pytest.mark.parametrize('bits', range(1, 17))
+def test_codes_stand_for_the_values_of_training_to_the_last_bit(bits, granularity):
+  kernel = kernel_of((3, 2, 4, 9))
+  kernel[..., 4] = 0
+  quantizer = fitted(kernel, bits=bits, granularity=granularity, bucket_size=17)
+  deployed = quantizer(kernel).numpy()
+  codes = quantizer.codes(deployed)
+  assert codes.bits == bits and codes.codes.shape == kernel.shape
+  assert codes.codes.min() >= 0 and codes.codes.max() < 2**bits
+  flat, wanted = codes.codes.ravel(), deployed.ravel()
+  for row, group in enumerate(groups_of(kernel, granularity, 17)):
+    values = (flat[group].astype('float32') - codes.zero_point[row]) * codes.scale[row]
+    np.testing.assert_array_equal(values, wanted[group])
+
+
 @pytest.mark.parametrize('bits', [2, 3, 4])
 def test_the_searched_scale_is_no_worse_than_a_fine_brute_force_in_its_range(bits):
   """29 shares against 2,000: the error may be 2 % above the best of all (measured: below 1 %)."""

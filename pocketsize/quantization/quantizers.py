@@ -9,7 +9,8 @@ import numpy as np
 import tensorflow as tf
 
 from pocketsize import ste
-from pocketsize.transform import Grid, Transform
+from pocketsize.quantization.kernel_quantizer import KernelQuantizer
+from pocketsize.transform import Codes, Grid, Transform
 
 BITS = range(1, 17)
 # The least width of a range: where data are all zero there is a range nevertheless.
@@ -114,80 +115,43 @@ def _quantize_by_clipping(x, low, high, bits):
 
 
 @keras.saving.register_keras_serializable(package='pocketsize')
-class WeightQuantizer(Transform):
+class WeightQuantizer(KernelQuantizer):
   """Symmetric quantizer of a kernel; straight-through gradient.
 
-  The scale is a weight, set from the kernel by `fit` (see `weight_scale`): between two fits the
-  grid stands still and a training step pays for one rounding only.
-
-  Args:
-    bits: 1 to 16.
-    granularity: 'tensor', 'channel' or 'bucket'.
-    channel_axes: axes of the kernel that count the output channels, for 'channel'.
-    bucket_size: weights that share a scale, for 'bucket': contiguous runs of the flattened kernel.
+  The scale is set from the kernel by `fit` (see `weight_scale`): between two fits the grid stands
+  still and a training step pays for one rounding only.
   """
 
-  order = 20
-
-  def __init__(self, bits=8, granularity='channel', channel_axes=(-1,), bucket_size=256, **kwargs):
-    super().__init__(**kwargs)
-    self.bits = bits
-    self.granularity = granularity
-    self.channel_axes = tuple(channel_axes)
-    self.bucket_size = bucket_size
-
-  def build(self, shape):
-    if self.granularity == 'bucket':
-      scales = (-(-int(np.prod(shape)) // self.bucket_size), 1)
-    else:
-      kept = (
-        {axis % len(shape) for axis in self.channel_axes}
-        if self.granularity == 'channel'
-        else set()
-      )
-      scales = tuple(size if axis in kept else 1 for axis, size in enumerate(shape))
-    self.scale = self.add_weight(name='scale', shape=scales, initializer='zeros', trainable=False)
-    self.built = True
+  def build_rows(self):
+    shape = self.groups.broadcast or (self.groups.count, 1)
+    self.scale = self.add_weight(name='scale', shape=shape, initializer='zeros', trainable=False)
 
   def fit(self, kernel):
-    """Sets the scale from `kernel`, an array of the kernel's shape."""
-    kernel = np.asarray(kernel)
-    if self.granularity == 'bucket':
-      flat = kernel.ravel()
-      whole = flat.size // self.bucket_size * self.bucket_size
-      scales = weight_scale(flat[:whole].reshape(-1, self.bucket_size), self.bits)
-      if whole < flat.size:
-        scales = np.append(scales, weight_scale(flat[None, whole:], self.bits))
-    else:
-      kept = [axis for axis, size in enumerate(self.scale.shape) if size > 1]
-      groups = np.moveaxis(kernel, kept, range(len(kept))).reshape(
-        int(np.prod(self.scale.shape)), -1
-      )
-      scales = weight_scale(groups, self.bits)
+    scales = self.groups.fit(kernel, lambda rows: weight_scale(rows, self.bits))
     self.scale.assign(scales.reshape(self.scale.shape))
 
   def call(self, kernel, training=None):
-    if self.granularity != 'bucket':
-      return ste.replace(kernel, quantize_symmetric(kernel, self.scale, self.bits))
-    size = int(np.prod(kernel.shape))
-    padded = tf.pad(tf.reshape(kernel, [-1]), [[0, self.scale.shape[0] * self.bucket_size - size]])
-    buckets = tf.reshape(padded, [-1, self.bucket_size])
-    values = tf.reshape(quantize_symmetric(buckets, self.scale, self.bits), [-1])[:size]
-    return ste.replace(kernel, tf.reshape(values, kernel.shape))
+    if self.groups.broadcast is not None:
+      values = quantize_symmetric(kernel, self.scale, self.bits)
+    else:
+      values = self.groups.join(
+        quantize_symmetric(self.groups.split(kernel), self.scale, self.bits)
+      )
+    return ste.replace(kernel, values)
 
   def grid(self, kernel):
-    if self.granularity == 'bucket':
+    if self.groups.broadcast is None:
       return None
     return Grid(keras.ops.convert_to_numpy(self.scale), self.bits)
 
-  def get_config(self):
-    return {
-      **super().get_config(),
-      'bits': self.bits,
-      'granularity': self.granularity,
-      'channel_axes': self.channel_axes,
-      'bucket_size': self.bucket_size,
-    }
+  def codes(self, kernel):
+    scale = self.per_row(self.scale)
+    high = 0.5 if self.bits == 1 else highest_code(self.bits)
+    step = 2.0 * scale if self.bits == 1 else scale
+    rows = self.groups.split(np.asarray(kernel, np.float64))
+    divisor = np.where(step > 0.0, step, 1.0)[:, None]
+    codes = self.groups.join(np.round(rows / divisor + high).astype(np.int32))
+    return Codes(codes, self.bits, self.groups, step, np.full_like(step, high))
 
 
 @keras.saving.register_keras_serializable(package='pocketsize')

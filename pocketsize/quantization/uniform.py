@@ -10,6 +10,8 @@ import dataclasses
 from pocketsize import targets
 from pocketsize.compressor import Compressor, register
 from pocketsize.errors import UserError
+from pocketsize.quantization.groups import GRANULARITIES
+from pocketsize.quantization.kernel_quantizer import KernelQuantizer
 from pocketsize.quantization.placement import quantized_tensors
 from pocketsize.quantization.quantizers import BITS, ActivationQuantizer, WeightQuantizer
 from pocketsize.transform import Placement
@@ -17,7 +19,6 @@ from pocketsize.transform import Placement
 FLOAT_BITS = 32
 # What the first and the last layer, the model's input and its output have at least.
 END_BITS = 8
-GRANULARITIES = ('tensor', 'channel', 'bucket')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +136,7 @@ class Uniform(Compressor):
     self._kernels = [
       placement
       for placement in model.placements
-      if isinstance(placement.transform, WeightQuantizer)
+      if isinstance(placement.transform, KernelQuantizer)
     ]
 
   def update(self, step):
