@@ -13,7 +13,7 @@ from pocketsize.errors import UserError
 from pocketsize.pruning import filters
 from pocketsize.shrink import shrink
 
-_ATTEMPTS = 4
+_ATTEMPTS = 8
 # A measured share below this part of the budget drops more than it must.
 _TIGHT = 0.95
 # Drops all that may be dropped.
@@ -35,7 +35,7 @@ class Choice(NamedTuple):
   measured: float
 
 
-def measured(model, reference, format, rounds=30):
+def measured(model, reference, format, rounds=100):
   """Returns the latency of a model's file as a share of another's, run in turn, batch 1.
 
   Args:
@@ -66,7 +66,7 @@ def choose_for_latency(
   """Returns a `Choice` whose file takes at most `share` of the latency of the whole model's file.
 
   Channels are chosen by the table, the file is run, and the budget that the table gets is corrected
-  by what it measured, at most three times.
+  by what it measured, at most seven times.
 
   Args:
     channels: a `ChannelGraph`.
