@@ -203,19 +203,17 @@ class ChannelLearner(Learner):
 
   def images(self, samples):
     """Returns this worker's share of `samples` training images, as batches."""
-    return [x for x, _ in self.batches(samples)]
+    return [x for x, _ in self.batches(samples, mixed=self.run.dst_mixup > 0)]
 
-  def batches(self, samples):
-    """Returns this worker's share of `samples` training images with their labels, as batches."""
+  def batches(self, samples, mixed=False):
+    """Returns this worker's share of `samples` training images with their labels, as batches.
+
+    Args:
+      mixed: as `training_batches` takes it.
+    """
     batches = math.ceil(samples / (self.run.batch_size * self.runtime.size))
-    data = self.dataset.load(
-      self.training_split,
-      batch=self.run.batch_size,
-      shard=(self.runtime.rank, self.runtime.size),
-      seed=self.run.seed,
-      training=True,
-    )
-    return [(x.numpy(), y.numpy()) for x, y in data.take(batches)]
+    data = self.training_batches(mixed=mixed).take(batches)
+    return [(x.numpy(), y.numpy()) for x, y in data]
 
   def steps(self, course):
     """Returns the names of the steps of a selection, in order."""

@@ -45,6 +45,13 @@ class RunConfig:
   )
   dst_features: str = option('Add', 'types of those layers, comma-separated')
   tempr_dst: float = option(4.0, 'temperature of the distillation', above=0)
+  dst_mixup: float = option(
+    0.0,
+    'share of the images that are mixed with others, for the teacher to say what they are; without '
+    'labels, so the loss of the task is left out',
+    lower=0,
+    upper=1,
+  )
   save_path_dst: str | None = option(
     None, "file of another teacher of the net's architecture; unset: the float model"
   )
@@ -71,6 +78,7 @@ class RunConfig:
       'tempr_dst',
       'loss_w_dst_features',
       'dst_features',
+      'dst_mixup',
       'save_path_dst',
     ):
       default = type(self).__dataclass_fields__[name].default

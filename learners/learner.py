@@ -3,12 +3,12 @@
 import abc
 import contextlib
 import dataclasses
-import functools
 import pathlib
 import time
 
 import keras
 
+from datasets.mixup import Mixed
 from learners.checkpoint import Checkpoints
 from learners.results import Results
 from learners.training import Schedule, train
@@ -241,10 +241,24 @@ class Learner(abc.ABC):
   def _calibrate(self, model):
     if self._checkpoints('compressed').latest:
       return
-    batches = self.dataset.load(
-      self.training_split, batch=self.run.batch_size, seed=self.run.seed, training=True
+    batches = self.training_batches().take(CALIBRATION_BATCHES)
+    calibration.calibrate(model, (x for x, _ in batches))
+
+  def training_batches(self, start=0, *, mixed=False):
+    """Returns this worker's endless (x, y) batches from step `start` on.
+
+    Args:
+      mixed: whether images are mixed as --dst_mixup says; `y` means little then.
+    """
+    dataset = Mixed(self.dataset, self.run.dst_mixup) if mixed else self.dataset
+    return dataset.load(
+      self.training_split,
+      batch=self.run.batch_size,
+      shard=(self.runtime.rank, self.runtime.size),
+      seed=self.run.seed,
+      training=True,
+      start=start,
     )
-    calibration.calibrate(model, (x for x, _ in batches.take(CALIBRATION_BATCHES)))
 
   def _steps(self, epochs):
     return max(round(epochs * self.steps_per_epoch), 1)
@@ -253,7 +267,12 @@ class Learner(abc.ABC):
     return Checkpoints(self.folder / 'checkpoints', phase)
 
   def _fit(self, phase, model, epochs, learning_rate, *, loss=None, **changes):
-    """Trains; `loss(y, outputs)` is the net's by default, `changes` are fields of `Schedule`."""
+    """Trains; `loss(y, outputs)` is the net's by default, `changes` are fields of `Schedule`.
+
+    Where a teacher is in the model's stack, images may be mixed, and have no labels then.
+    """
+    taught = any(isinstance(each, Distillation) for each in (model.stack or Stack()).compressors)
+    mixed = loss is None and taught and self.run.dst_mixup > 0
     steps = self._steps(epochs)
     schedule = Schedule(
       f'{phase} training',
@@ -265,19 +284,11 @@ class Learner(abc.ABC):
       self.run.summ_step,
       **changes,
     )
-    batches = functools.partial(
-      self.dataset.load,
-      self.training_split,
-      batch=self.run.batch_size,
-      shard=(self.runtime.rank, self.runtime.size),
-      seed=self.run.seed,
-      training=True,
-    )
     with self._timed(f'{phase}_training'):
       train(
         model,
-        lambda start: batches(start=start),
-        loss or self.helper.loss,
+        lambda start: self.training_batches(start, mixed=mixed),
+        loss or ((lambda y, outputs: 0.0) if mixed else self.helper.loss),
         schedule,
         checkpoints=self._checkpoints(phase),
         runtime=self.runtime,

@@ -278,6 +278,8 @@ def test_evaluation_reproduces_the_report_and_writes_nothing(tmp_path, capfd):
     (['--learner=full-prec', '--save_path_dst=x.keras'], 'add --enbl_dst'),
     (['--tempr_dst=2'], '--tempr_dst is about distillation, which is off'),
     (['--learner=uniform', '--loss_w_dst_features=1'], 'is about distillation, which is off'),
+    (['--learner=uniform', '--dst_mixup=0.5'], 'is about distillation, which is off'),
+    (['--learner=uniform', '--enbl_dst', '--dst_mixup=2'], 'at least 0 and at most 1'),
     (
       ['--learner=uniform', '--enbl_dst', '--dst_features=ReLU'],
       'no effect without --loss_w_dst_features',
