@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from learners.progress import ProgressReport
-from pocketsize import conversion, report
+from pocketsize import conversion, packed, report
 from pocketsize.errors import UserError
 from pocketsize.files import write_json
 from pocketsize.instrument import Instrumented, instrument, strip
@@ -33,6 +33,10 @@ class Results:
     self.run = run
     self.dataset = dataset
 
+  @property
+  def _packed(self):
+    return self.folder / 'exports' / f'{self.helper.name}.packed'
+
   def existing(self, name):
     """Returns the path of a result, or raises a UserError if it is not there."""
     if not (self.folder / name).exists():
@@ -49,7 +53,7 @@ class Results:
       save_model(model, self.folder / 'quantized.keras')
 
   def write_report(self, float_model, model, seconds, began, command):
-    """Exports `model`, runs the files, writes report.json and prints its table.
+    """Exports and packs `model`, runs the files, writes report.json and prints its table.
 
     Args:
       float_model: the Keras model before compression.
@@ -73,6 +77,8 @@ class Results:
       self.folder / 'exports' / 'files.json',
       [{'format': file.format, 'name': file.path.name, 'note': file.note} for file in files],
     )
+    if packed.has_codes(model):
+      packed.write(model, self._packed)
     seconds['export'] = round(time.monotonic() - exports, 2)
     result = self._measure(float_model, model, files, seconds, began, command)
     write_json(self.folder / 'report.json', result)
@@ -141,6 +147,7 @@ class Results:
       command=command,
       pruned=(models['pruned, not trained'].source, rest[0][0]) if rest else None,
       skipped=json.loads(self.existing('plan.json').read_text())['skipped'],
+      packed=packed.verify(self._packed, model) if self._packed.exists() else None,
     )
 
   def _batches(self):

@@ -21,6 +21,8 @@ from pocketsize.conversion import export, verify
 from pocketsize.errors import UserError
 from pocketsize.graph import Graph
 from pocketsize.instrument import Instrumented, instrument, strip
+from pocketsize.packed import read as read_packed
+from pocketsize.packed import write as write_packed
 from pocketsize.shrink import compact
 from pocketsize.targets import Rule
 from pocketsize.transform import Grid, Placement, Transform
@@ -42,9 +44,11 @@ __all__ = [
   'compress',
   'export',
   'instrument',
+  'read_packed',
   'register',
   'strip',
   'verify',
+  'write_packed',
 ]
 
 # What an algorithm registers with Keras must be known before a saved model can be loaded.

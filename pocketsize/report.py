@@ -148,6 +148,7 @@ def build(
   command,
   pruned=None,
   skipped=None,
+  packed=None,
 ):
   """Returns the report, as JSON values.
 
@@ -163,6 +164,7 @@ def build(
     pruned: (Keras model, its metrics) after channels were dropped and before it was trained, or
       None.
     skipped: {path: reason}.
+    packed: what `packed.verify` says of the packed file, or None.
   """
   stripped, float_graph = strip(model), Graph(float_model)
   parts = {} if pruned is None else {'pruned': _part(*pruned)}
@@ -179,6 +181,7 @@ def build(
       'bytes': bytes_[1],
     },
     'files': files,
+    **({} if packed is None else {'packed': packed}),
     'layers': layers(model, skipped or {}, float_graph),
     'seconds': seconds,
     'command': command,
@@ -192,6 +195,14 @@ def _part(model, metrics):
     'params': model.count_params(),
     'macs': cost.macs(Graph(model)),
   }
+
+
+def _packed_line(packed):
+  return (
+    f'packed: {packed["bytes"]:,} bytes ({packed["plain_bytes"]:,} before entropy coding), '
+    f'{packed["bits_per_weight"]:.2f} bits per weight, read back to the last bit'
+    + (f'; {packed["note"]}' if packed['note'] else '')
+  )
 
 
 def show(report, console=None):
@@ -233,6 +244,8 @@ def show(report, console=None):
       f'{file["int8_ops"]}/{file["float_ops"]}',
     )
   console.print(table)
+  if 'packed' in report:
+    console.print(_packed_line(report['packed']), highlight=False, soft_wrap=True)
   for file in report['files']:
     if file.get('note'):
       line = f'{file["format"]}: {file["note"]}'

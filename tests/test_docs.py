@@ -166,6 +166,7 @@ def test_every_key_of_report_and_plan_is_documented(tmp_path):
   entry = pocketsize.verify(
     file, [(x, y)], np.asarray(model(x)), Classification(), latency_rounds=1
   )
+  pocketsize.write_packed(model, tmp_path / 'net.packed')
   metrics = {'accuracy': 1.0, 'loss': 0.0}
   result = report.build(
     model,
@@ -178,6 +179,7 @@ def test_every_key_of_report_and_plan_is_documented(tmp_path):
     files=[entry],
     seconds={},
     command='',
+    packed=pocketsize.packed.verify(tmp_path / 'net.packed', model),
   )
   assert file.format in conversion.FORMATS
   documented = set(re.findall(r'`([\w.\[\]]+)`', text_of('docs/report.md')))

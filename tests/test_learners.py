@@ -16,6 +16,7 @@ from learners import main, training
 from learners.checkpoint import Checkpoints
 from learners.workfolder import WorkFolder
 from nets.convnet_at_digits import ModelHelper
+from pocketsize import packed
 from pocketsize.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -207,6 +208,7 @@ def test_the_report_has_its_stable_keys(tmp_path):
     'float',
     'compressed',
     'files',
+    'packed',
     'layers',
     'seconds',
     'command',
@@ -239,6 +241,16 @@ def test_the_report_has_its_stable_keys(tmp_path):
   }
   assert bits == {'conv0': (8, 8), 'conv1': (4, 8), 'conv2': (4, 8), 'dense': (8, 8)}
   assert report['compressed']['bytes'] == (tmp_path / 'final.keras').stat().st_size
+  path = tmp_path / 'exports' / 'convnet.packed'
+  model = keras.models.load_model(tmp_path / 'quantized.keras', compile=False)
+  assert report['packed'] == packed.verify(path, model)
+  assert {name: weight.bits for name, weight in packed.load(path).weights.items()} == {
+    weight.path: bits[weight.path.split('/')[0]][0] if weight.name == 'kernel' else 32
+    for weight in model.source.weights
+  }
+  final = keras.models.load_model(tmp_path / 'final.keras', compile=False)
+  for name, values in packed.read(path).items():
+    np.testing.assert_array_equal(values, packed.variables(final)[name])
 
 
 def test_evaluation_reproduces_the_report_and_writes_nothing(tmp_path, capfd):

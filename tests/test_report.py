@@ -173,6 +173,20 @@ def test_the_table_has_a_row_for_each_file_and_says_what_was_left_alone():
   )
 
 
+def test_the_packed_file_has_a_line_below_the_table():
+  model, stack = pruned_and_quantized()
+  packed = {'bytes': 71_234, 'plain_bytes': 83_000, 'bits_per_weight': 2.104, 'note': ''}
+  for note, end in (('', ''), ('as float32: conv0', '; as float32: conv0')):
+    text = io.StringIO()
+    result = built(model, stack, packed={**packed, 'note': note})
+    report.show(result, Console(file=text, width=80))
+    assert (
+      'packed: 71,234 bytes (83,000 before entropy coding), 2.10 bits per weight, read back to the '
+      f'last bit{end}\n'
+    ) in text.getvalue()
+  assert 'packed' not in built(model, stack)
+
+
 def test_the_table_of_a_resnet_20_fits_80_columns():
   model, stack = pruned_and_quantized()
   file = {

@@ -1,6 +1,6 @@
 """Exports a saved model.
 
-python -m tools.conversion.export --model=quantized.keras --output_dir=exports
+python -m tools.conversion.export --model=quantized.keras --output_dir=exports --packed
 """
 
 from tools import command  # isort: skip (first: it keeps TensorFlow's start quiet)
@@ -9,7 +9,7 @@ import pathlib
 
 from absl import flags
 
-from pocketsize import conversion
+from pocketsize import conversion, packed
 from pocketsize.saving import load_model
 
 _MODEL = flags.DEFINE_string(
@@ -24,6 +24,9 @@ _FORMATS = flags.DEFINE_list(
 _NAME = flags.DEFINE_string(
   'name', None, "what the files' names begin with; default: the name of --model"
 )
+_PACKED = flags.DEFINE_bool(
+  'packed', False, 'also write the weights at exactly their bits, to a .packed file'
+)
 
 
 def main():
@@ -34,6 +37,10 @@ def main():
   for file in files:
     operations = ' / '.join(map(str, conversion.count_ops(file.path)))
     rows.append((file.format, str(file.path), f'{conversion.size(file.path):,}', operations))
+  if _PACKED.value:
+    path = pathlib.Path(_OUTPUT.value, f'{name}.packed')
+    packed.write(model, path)
+    rows.append(('packed', str(path), f'{path.stat().st_size:,}', ''))
   command.print_table(('format', 'path', 'bytes', 'int8 / float ops'), rows)
   for file in files:
     if file.note:
