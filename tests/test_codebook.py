@@ -80,6 +80,11 @@ def test_lloyd_by_hand():
   assert found.tolist() == [[1, 9]] and sizes.tolist() == [[3, 1]]
 
 
+def test_lloyd_gives_a_weight_half_way_to_the_lower_centre_as_training_does():
+  found, sizes = centres.lloyd(np.array([[0.0, 1, 2]]), np.array([[0.0, 2]]))
+  assert found.tolist() == [[0.5, 2]] and sizes.tolist() == [[2, 1]]
+
+
 def test_a_centre_without_weights_stays():
   found, sizes = centres.lloyd(np.array([[0.0, 1.0]]), np.array([[0.0, 1.0, 50.0]]))
   assert found.tolist() == [[0, 1, 50]] and sizes.tolist() == [[1, 1, 0]]
