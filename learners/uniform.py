@@ -2,12 +2,12 @@
 
 import dataclasses
 
+from learners import quantization
 from learners.learner import Learner
-from pocketsize import targets
-from pocketsize.errors import UserError
 from pocketsize.options import check_options, option
+from pocketsize.quantization.placing import END_BITS, FLOAT_BITS
 from pocketsize.quantization.quantizers import BITS
-from pocketsize.quantization.uniform import END_BITS, FLOAT_BITS, Uniform, UniformConfig
+from pocketsize.quantization.uniform import Uniform, UniformConfig
 
 
 class UniformLearner(Learner):
@@ -42,29 +42,14 @@ class UniformLearner(Learner):
 
     def __post_init__(self):
       check_options(self)
-      if self.uql_bucket_type == 'split' and not self.uql_use_buckets:
-        raise UserError(
-          '--uql_bucket_type has no effect without --uql_use_buckets. Received: split.'
-        )
-      if self.uql_bucket_size != 256 and not (
-        self.uql_use_buckets and self.uql_bucket_type == 'split'
-      ):
-        raise UserError(
-          '--uql_bucket_size has no effect without --uql_use_buckets and --uql_bucket_type=split. '
-          f'Received: --uql_bucket_size={self.uql_bucket_size}.'
-        )
+      quantization.check_buckets(self, 'uql')
 
     def quantization(self):
       """Returns the `UniformConfig` of a layer."""
-      granularity = (
-        {'channel': 'channel', 'split': 'bucket'}[self.uql_bucket_type]
-        if self.uql_use_buckets
-        else 'tensor'
-      )
       return UniformConfig(
         weight_bits=self.uql_weight_bits,
         activation_bits=self.uql_activation_bits,
-        granularity=granularity,
+        granularity=quantization.granularity(self, 'uql'),
         bucket_size=self.uql_bucket_size,
         end_bits=0 if self.uql_quantize_all_layers else END_BITS,
       )
@@ -74,29 +59,4 @@ class UniformLearner(Learner):
 
   def compressors(self, graph, steps):
     default = self.config.quantization()
-    rules = [targets.Rule(default)]
-    if self.config.uql_weight_bits_list is not None:
-      paths = list(targets.weighted_layers(graph))
-      rules += [
-        targets.Rule(
-          dataclasses.replace(default, weight_bits=bits, end_weight_bits=0), op_names=(path,)
-        )
-        for path, bits in zip(paths, _bits(self.config.uql_weight_bits_list, paths), strict=True)
-      ]
-    return [Uniform(rules)]
-
-
-def _bits(text, paths):
-  """Returns the integers of a comma-separated list that has one for each path."""
-  try:
-    bits = [int(word) for word in text.split(',')]
-  except ValueError as error:
-    raise UserError(
-      f'--uql_weight_bits_list must be integers, comma-separated. Received: {text!r}.'
-    ) from error
-  if len(bits) != len(paths):
-    raise UserError(
-      f'--uql_weight_bits_list must have one number for each of the {len(paths)} layers '
-      f'{", ".join(paths)}. Received: {len(bits)} numbers.'
-    )
-  return bits
+    return [Uniform(quantization.rules(self.config, 'uql', default, graph))]

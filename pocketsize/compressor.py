@@ -30,9 +30,12 @@ class Compressor(abc.ABC):
 
   Attributes:
     skipped: {path: reason} of the layers left alone; filled by `plan`.
+    trains_source: whether the weights of the user's model train, or only those of transforms; known
+      once `plan` was called.
   """
 
   Config = None
+  trains_source = True
 
   def __init__(self, rules=()):
     self.rules = tuple(rules)
@@ -92,6 +95,10 @@ class Stack(Compressor):
       if all(path in other.skipped for other in choosers)
     }
     return placements
+
+  @property
+  def trains_source(self):
+    return all(compressor.trains_source for compressor in self.compressors)
 
   def bind(self, model):
     for compressor in self.compressors:

@@ -45,6 +45,21 @@ class Instrumented(keras.Model):
       for place, transform in zip(self._places, self.transforms, strict=True)
     ]
 
+  @property
+  def trainable_variables(self):
+    return self._training(super().trainable_variables)
+
+  @property
+  def trainable_weights(self):
+    return self._training(super().trainable_weights)
+
+  def _training(self, variables):
+    """Returns those of `variables` that the stack trains; the user's model keeps its own flags."""
+    if self.stack is None or self.stack.trains_source:
+      return variables
+    still = {id(variable) for variable in self.source.variables}
+    return [variable for variable in variables if id(variable) not in still]
+
   def transforms_at(self, path, point):
     """Returns the transforms at one place, in order."""
     return [

@@ -16,3 +16,14 @@ def shared():
   if not folder:
     pytest.skip('POCKETSIZE_SHARED is not set')
   return pathlib.Path(folder)
+
+
+@pytest.fixture
+def deterministic():
+  """TensorFlow computes the same bits each time."""
+  import tensorflow as tf
+  from tensorflow.python.framework import config as tf_config
+
+  tf.config.experimental.enable_op_determinism()
+  yield
+  tf_config.disable_op_determinism()

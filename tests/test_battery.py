@@ -11,8 +11,6 @@ import math
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
-from tensorflow.python.framework import config as tf_config
 from toys import MODELS, compile_for_logits, images, labels
 
 import pocketsize
@@ -34,6 +32,7 @@ BUSY = {
     'prune_downsample_convs': True,
   },
   'magnitude': {'ratio': 0.6, 'begin_step': 3, 'end_step': 33, 'update_every': 4},
+  'non-uniform': {'weight_bits': 3, 'activation_bits': 6, 'refit_every': 7, 'momentum': 0.9},
   'uniform': {'weight_bits': 3, 'activation_bits': 6, 'scale_every': 7, 'momentum': 0.9},
 }
 STEPS = 40
@@ -122,13 +121,6 @@ def test_save_and_load_are_equal(name, toy, tmp_path):
   again.update(STEPS + 1)
   assert again.statistics() == stack.statistics()
   assert loaded.stack is again
-
-
-@pytest.fixture
-def deterministic():
-  tf.config.experimental.enable_op_determinism()
-  yield
-  tf_config.disable_op_determinism()
 
 
 @pytest.mark.parametrize('toy', ['nested'])

@@ -27,6 +27,7 @@ UNIFORM = [
   '--uql_activation_bits=8',
   '--uql_quant_epochs=2',
 ]
+NON_UNIFORM = ['--learner=non-uniform', '--nuql_opt_mode=both', '--nuql_quant_epochs=2']
 SPARSE = ['--learner=weight-sparse', '--ws_prune_ratio_prtl=heurist', '--ws_mask_update_step=3']
 
 
@@ -87,8 +88,12 @@ def undisturbed(tmp_path_factory):
 )
 @pytest.mark.parametrize(
   'learner',
-  [UNIFORM, [*SPARSE, '--enbl_dst', '--loss_w_dst_features=1', '--dst_features=ReLU']],
-  ids=['uniform', 'sparse-distilled'],
+  [
+    UNIFORM,
+    NON_UNIFORM,
+    [*SPARSE, '--enbl_dst', '--loss_w_dst_features=1', '--dst_features=ReLU'],
+  ],
+  ids=['uniform', 'non-uniform', 'sparse-distilled'],
 )
 def test_a_run_killed_at_any_step_ends_with_the_same_bits(
   tmp_path, kill_at, undisturbed, learner, phase, step
@@ -287,6 +292,13 @@ def test_evaluation_reproduces_the_report_and_writes_nothing(tmp_path, capfd):
     ([*SPARSE, '--ws_iter_ratio_beg=0.9'], '--ws_iter_ratio_beg must not be above'),
     (['--learner=uniform', '--uql_bucket_size=64'], '--uql_bucket_size has no effect'),
     (['--learner=uniform', '--uql_bucket_type=split'], '--uql_bucket_type has no effect'),
+    (['--learner=non-uniform', '--nuql_weight_bits=9'], '--nuql_weight_bits must be one of 1, 2,'),
+    (['--learner=non-uniform', '--nuql_bucket_size=64'], '--nuql_bucket_size has no effect'),
+    (['--learner=non-uniform', '--nuql_bucket_type=channel'], '--nuql_bucket_type has no effect'),
+    (
+      ['--learner=non-uniform', '--nuql_weight_bits_list=8,8'],
+      '--nuql_weight_bits_list must have one number for each of the 4 layers',
+    ),
     (['--learner=full-prec', '--save_path_dst=x.keras'], 'add --enbl_dst'),
     (['--tempr_dst=2'], '--tempr_dst is about distillation, which is off'),
     (['--learner=uniform', '--loss_w_dst_features=1'], 'is about distillation, which is off'),
@@ -412,6 +424,26 @@ def test_listed_weight_bits_leave_the_ends_of_activations_at_8_bits(tmp_path):
   report = json.loads((tmp_path / 'report.json').read_text())
   found = [(entry['weight_bits'], entry['activation_bits']) for entry in report['layers']]
   assert [pair for pair in found if pair[0] < 32] == [(2, 8), (4, 4), (4, 4), (3, 8)]
+
+
+@pytest.mark.parametrize('mode', ['weights', 'cluster', 'both'])
+def test_listed_bits_of_centres_reach_the_report_and_the_kernels(tmp_path, mode):
+  """conv1 has at most 4 values, by output channel; cluster trains no weight of the float model."""
+  flags = ['--nuql_weight_bits_list=8,2,4,3', '--nuql_use_buckets', '--nuql_bucket_type=channel']
+  flags += [f'--nuql_opt_mode={mode}', '--nuql_activation_bits=8', '--nuql_quant_epochs=1']
+  assert run(tmp_path, '--learner=non-uniform', *flags) == 0
+  report = json.loads((tmp_path / 'report.json').read_text())
+  found = [(entry['weight_bits'], entry['activation_bits']) for entry in report['layers']]
+  assert [pair for pair in found if pair[0] < 32] == [(8, 8), (2, 8), (4, 8), (3, 8)]
+  final, quantized, before = (
+    keras.models.load_model(tmp_path / name, compile=False)
+    for name in ('final.keras', 'quantized.keras', 'float.keras')
+  )
+  kernel = np.array(final.get_layer('conv1').kernel).reshape(-1, 32)
+  assert all(len(np.unique(channel)) <= 4 for channel in kernel.T)
+  latent = np.array(quantized.source.get_layer('conv1').kernel)
+  stood_still = np.array_equal(latent, before.get_layer('conv1').kernel)
+  assert stood_still == (mode == 'cluster')
 
 
 @pytest.mark.parametrize('name', ['quantized.keras', 'final.keras', 'float.keras'])

@@ -21,6 +21,7 @@ class Groups:
 
   Attributes:
     shape: of the kernel, a tuple.
+    members: weights of a row; the last bucket may have fewer.
     broadcast: shape of one number per row that broadcasts against the kernel; None for buckets.
     count: rows.
 
@@ -36,7 +37,7 @@ class Groups:
     self.size = int(np.prod(self.shape))
     self.broadcast = None
     if granularity == 'bucket':
-      self._members = bucket_size
+      self.members = bucket_size
       self.count = -(-self.size // bucket_size)
       return
     axes = channel_axes if granularity == 'channel' else ()
@@ -44,7 +45,7 @@ class Groups:
     self._order = (*kept, *(axis for axis in range(len(self.shape)) if axis not in kept))
     self.broadcast = tuple(size if axis in kept else 1 for axis, size in enumerate(self.shape))
     self.count = int(np.prod(self.broadcast))
-    self._members = self.size // self.count
+    self.members = self.size // self.count
 
   def split(self, kernel):
     """Returns the rows, [count, weights of one]; a short last bucket is filled up with zeros.
@@ -54,9 +55,9 @@ class Groups:
     """
     library = _library(kernel)
     if self.broadcast is not None:
-      return library.reshape(library.transpose(kernel, self._order), (self.count, self._members))
+      return library.reshape(library.transpose(kernel, self._order), (self.count, self.members))
     flat = library.pad(library.reshape(kernel, (-1,)), [[0, self._missing]])
-    return library.reshape(flat, (self.count, self._members))
+    return library.reshape(flat, (self.count, self.members))
 
   def join(self, rows):
     """Returns the kernel of rows as `split` makes them."""
@@ -78,12 +79,12 @@ class Groups:
     rows = self.split(np.asarray(kernel))
     if not self._missing:
       return function(rows)
-    last = function(rows[-1:, : self._members - self._missing])
+    last = function(rows[-1:, : self.members - self._missing])
     return last if self.count == 1 else np.concatenate([function(rows[:-1]), last])
 
   @property
   def _missing(self):
-    return self.count * self._members - self.size
+    return self.count * self.members - self.size
 
 
 def _library(values):

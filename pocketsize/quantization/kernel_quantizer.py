@@ -23,9 +23,11 @@ class KernelQuantizer(Transform, abc.ABC):
 
   Attributes:
     groups: the `Groups` of the kernel, once built.
+    without_grid: what files say of a kernel for which `grid` is None.
   """
 
   order = 20
+  without_grid = 'in groups that no format has'
 
   def __init__(self, bits=8, granularity='channel', channel_axes=(-1,), bucket_size=256, **kwargs):
     super().__init__(**kwargs)

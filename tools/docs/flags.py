@@ -126,11 +126,12 @@ def _default(field):
 
 
 def _attributes(config_type):
-  """Returns {name: meaning} of the 'Attributes:' in a class's docstring."""
-  section = inspect.getdoc(config_type).partition('Attributes:')[2]
+  """Returns {name: meaning} of the 'Attributes:' in the docstrings of a class and its parents."""
   meanings = {}
-  for names, text in re.findall(r'^  (\w+(?:, \w+)*): (.*(?:\n    .*)*)', section, re.MULTILINE):
-    meanings.update(dict.fromkeys(names.split(', '), ' '.join(text.split()).rstrip('.')))
+  for each in reversed(config_type.__mro__[:-1]):
+    section = inspect.getdoc(each).partition('Attributes:')[2]
+    for names, text in re.findall(r'^  (\w+(?:, \w+)*): (.*(?:\n    .*)*)', section, re.MULTILINE):
+      meanings.update(dict.fromkeys(names.split(', '), ' '.join(text.split()).rstrip('.')))
   return meanings
 
 

@@ -1,0 +1,71 @@
+"""`non-uniform`: quantization-aware training with trained centres."""
+
+import dataclasses
+
+from learners import quantization
+from learners.learner import Learner
+from pocketsize.options import check_options, option
+from pocketsize.quantization import codebook, quantizers
+from pocketsize.quantization.centres import STARTS
+from pocketsize.quantization.non_uniform import NonUniform, NonUniformConfig
+from pocketsize.quantization.placing import END_BITS, FLOAT_BITS
+
+
+class NonUniformLearner(Learner):
+  """Weights on 2^bits centres, activations on levels; see `pocketsize.quantization.non_uniform`."""
+
+  name = 'non-uniform'
+
+  @dataclasses.dataclass(frozen=True, kw_only=True)
+  class Config:
+    """Flags of the learner."""
+
+    nuql_init_style: str = option('kmeans', 'where the centres begin', choices=STARTS)
+    nuql_opt_mode: str = option(
+      'weights',
+      'what trains: all weights while the centres follow, the centres (clusters, or cluster), both',
+      choices=('weights', 'clusters', 'cluster', 'both'),
+    )
+    nuql_weight_bits: int = option(
+      4, 'bits of the weights; 32 for float', choices=(*codebook.BITS, FLOAT_BITS)
+    )
+    nuql_activation_bits: int = option(
+      32, 'bits of the activations; 32 for float', choices=(*quantizers.BITS, FLOAT_BITS)
+    )
+    nuql_weight_bits_list: str | None = option(
+      None, 'bits of each layer with weights, comma-separated, in order; overrides nuql_weight_bits'
+    )
+    nuql_use_buckets: bool = option(
+      False, 'centres for each bucket of weights instead of for each layer'
+    )
+    nuql_bucket_type: str = option(
+      'split', 'a bucket is an output channel, or a run of weights', choices=('channel', 'split')
+    )
+    nuql_bucket_size: int = option(256, 'weights in a bucket of type split', lower=1)
+    nuql_quant_epochs: int = option(60, 'epochs of training with quantization', lower=1)
+    nuql_quantize_all_layers: bool = option(
+      False, f'first and last layer like the others; if not, they have at least {END_BITS} bits'
+    )
+
+    def __post_init__(self):
+      check_options(self)
+      quantization.check_buckets(self, 'nuql')
+
+    def quantization(self):
+      """Returns the `NonUniformConfig` of a layer."""
+      return NonUniformConfig(
+        weight_bits=self.nuql_weight_bits,
+        activation_bits=self.nuql_activation_bits,
+        granularity=quantization.granularity(self, 'nuql'),
+        bucket_size=self.nuql_bucket_size,
+        end_bits=0 if self.nuql_quantize_all_layers else END_BITS,
+        start=self.nuql_init_style,
+        mode=self.nuql_opt_mode,
+      )
+
+  def epochs(self):
+    return self.config.nuql_quant_epochs
+
+  def compressors(self, graph, steps):
+    default = self.config.quantization()
+    return [NonUniform(quantization.rules(self.config, 'nuql', default, graph))]

@@ -1,0 +1,73 @@
+"""What the flags of quantizing learners have in common, each under the learner's own prefix."""
+
+import dataclasses
+
+from pocketsize import targets
+from pocketsize.errors import UserError
+
+GRANULARITY_BY_TYPE = {'channel': 'channel', 'split': 'bucket'}
+
+
+def check_buckets(config, prefix):
+  """Raises a UserError for a flag of buckets that has no effect.
+
+  Args:
+    config: dataclass with <prefix>_use_buckets, <prefix>_bucket_type and <prefix>_bucket_size.
+    prefix: of the flags' names, such as 'uql'.
+  """
+  use, kind, size = (f'{prefix}_{name}' for name in ('use_buckets', 'bucket_type', 'bucket_size'))
+  defaults = {field.name: field.default for field in dataclasses.fields(config)}
+  value = {name: getattr(config, name) for name in (use, kind, size)}
+  if value[kind] != defaults[kind] and not value[use]:
+    raise UserError(f'--{kind} has no effect without --{use}. Received: {value[kind]}.')
+  if value[size] != defaults[size] and not (value[use] and value[kind] == 'split'):
+    raise UserError(
+      f'--{size} has no effect without --{use} and --{kind}=split. '
+      f'Received: --{size}={value[size]}.'
+    )
+
+
+def granularity(config, prefix):
+  """Returns which weights belong together, as a `QuantizationConfig` has it."""
+  if not getattr(config, f'{prefix}_use_buckets'):
+    return 'tensor'
+  return GRANULARITY_BY_TYPE[getattr(config, f'{prefix}_bucket_type')]
+
+
+def rules(config, prefix, default, graph):
+  """Returns the rules for the layers of a `Graph`: `default`, with the bits of a list if given.
+
+  Args:
+    config: dataclass with <prefix>_weight_bits_list, a text or None.
+    prefix: of the flags' names.
+    default: the `QuantizationConfig` of a layer.
+    graph: of the model.
+
+  Raises:
+    UserError: the list is not one of integers, or has not one for each layer with weights.
+  """
+  flag = f'{prefix}_weight_bits_list'
+  text, everywhere = getattr(config, flag), targets.Rule(default)
+  if text is None:
+    return [everywhere]
+  paths = list(targets.weighted_layers(graph))
+  return [everywhere] + [
+    targets.Rule(
+      dataclasses.replace(default, weight_bits=bits, end_weight_bits=0), op_names=(path,)
+    )
+    for path, bits in zip(paths, _bits(flag, text, paths), strict=True)
+  ]
+
+
+def _bits(flag, text, paths):
+  """Returns the integers of a comma-separated list that has one for each path."""
+  try:
+    bits = [int(word) for word in text.split(',')]
+  except ValueError as error:
+    raise UserError(f'--{flag} must be integers, comma-separated. Received: {text!r}.') from error
+  if len(bits) != len(paths):
+    raise UserError(
+      f'--{flag} must have one number for each of the {len(paths)} layers '
+      f'{", ".join(paths)}. Received: {len(bits)} numbers.'
+    )
+  return bits

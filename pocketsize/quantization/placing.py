@@ -1,0 +1,174 @@
+"""What compressors that quantize have in common: a layer's configuration, and the plan.
+
+The first and the last layer have more bits than the others; a quantizer goes to each kernel, and to
+each tensor that `placement` names if one of its readers asks for it.
+"""
+
+import abc
+import dataclasses
+from typing import ClassVar
+
+from pocketsize import targets
+from pocketsize.compressor import Compressor
+from pocketsize.errors import UserError
+from pocketsize.quantization.groups import GRANULARITIES
+from pocketsize.quantization.placement import quantized_tensors
+from pocketsize.quantization.quantizers import BITS, ActivationQuantizer
+from pocketsize.transform import Placement
+
+FLOAT_BITS = 32
+# What the first and the last layer, the model's input and its output have at least.
+END_BITS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizationConfig:
+  """How one layer is quantized.
+
+  Attributes:
+    weight_bits: see the algorithm; 32 leaves the weights float.
+    activation_bits: of the layer's inputs, 1 to 16; 32 leaves them float.
+    granularity: weights share what their quantizer knows by 'tensor', output 'channel' or 'bucket'.
+    bucket_size: weights in a bucket.
+    end_bits: the first and the last layer have at least so many bits for their weights and
+      activations, the model's input and output as well; 0 treats them like the others.
+    end_weight_bits: instead of `end_bits` for the weights; None: the same.
+    momentum: of the activations' running ranges, in [0, 1).
+  """
+
+  WEIGHT_BITS: ClassVar[range] = BITS
+
+  weight_bits: int = 8
+  activation_bits: int = 8
+  granularity: str = 'channel'
+  bucket_size: int = 256
+  end_bits: int = END_BITS
+  end_weight_bits: int | None = None
+  momentum: float = 0.99
+
+  def __post_init__(self):
+    for name, legal in (('weight_bits', self.WEIGHT_BITS), ('activation_bits', BITS)):
+      bits = getattr(self, name)
+      if bits not in legal and bits != FLOAT_BITS:
+        raise UserError(
+          f'`{name}` must be from {legal[0]} to {legal[-1]}, or {FLOAT_BITS} for float. '
+          f'Received: {bits}.'
+        )
+    for name in ('end_bits', 'end_weight_bits'):
+      bits, legal = getattr(self, name), self.WEIGHT_BITS
+      if bits not in (0, *legal, FLOAT_BITS) and not (name == 'end_weight_bits' and bits is None):
+        raise UserError(
+          f'`{name}` must be 0 (treat them like the others), from {legal[0]} to {legal[-1]}, or '
+          f'{FLOAT_BITS} for float. Received: {bits}.'
+        )
+    if self.granularity not in GRANULARITIES:
+      raise UserError(
+        f'`granularity` must be one of {", ".join(GRANULARITIES)}. Received: {self.granularity!r}.'
+      )
+    if self.bucket_size < 1 or not 0.0 <= self.momentum < 1.0:
+      raise UserError(
+        '`bucket_size` must be at least 1 and `momentum` in [0, 1). '
+        f'Received: {self.bucket_size}, {self.momentum}.'
+      )
+
+  @classmethod
+  def neutral(cls):
+    """Returns the configuration that changes nothing."""
+    return cls(weight_bits=FLOAT_BITS, activation_bits=FLOAT_BITS)
+
+
+class Quantization(Compressor):
+  """Quantizes weights, and the activations that integer kernels write.
+
+  Attributes:
+    Config: a `QuantizationConfig`.
+    Quantizer: the `KernelQuantizer` that `kernel_quantizer` makes.
+    configs: {path: configuration}, of the ends with their own bits; filled by `plan`.
+  """
+
+  Quantizer: type
+
+  @abc.abstractmethod
+  def kernel_quantizer(self, config, channel_axes):
+    """Returns the quantizer of a kernel.
+
+    Args:
+      config: of its layer.
+      channel_axes: axes of the kernel that count the output channels.
+    """
+
+  def plan(self, graph):
+    configs, self.skipped = targets.resolve(graph, self.rules)
+    self.configs = _with_ends(configs, list(targets.weighted_layers(graph)))
+    weights = [
+      Placement(
+        path,
+        point,
+        self.kernel_quantizer(config, targets.channel_axes(graph.layers[path], point)),
+      )
+      for path, config in self.configs.items()
+      if config.weight_bits != FLOAT_BITS
+      for point in targets.weight_points(graph.layers[path])
+    ]
+    return weights + self._activations(graph)
+
+  def _activations(self, graph):
+    placements = []
+    for tensor in quantized_tensors(graph):
+      readers = [self.configs[path] for path in tensor.readers if path in self.configs]
+      writer = self._writer(graph, tensor.path)
+      bits = [config.activation_bits for config in readers if config.activation_bits != FLOAT_BITS]
+      if tensor.reaches_output and writer and writer.activation_bits != FLOAT_BITS:
+        bits.append(max(END_BITS, writer.activation_bits))
+      if bits:
+        momentum = (readers or [writer])[0].momentum
+        placements.append(
+          Placement(
+            tensor.path,
+            tensor.point,
+            ActivationQuantizer(max(bits), momentum, nonnegative=tensor.nonnegative),
+          )
+        )
+    return placements
+
+  def _writer(self, graph, path):
+    """Returns the configuration of the nearest weighted layer before `path`, or None."""
+    node = next(node for node in graph.nodes if node.path == path)
+    while node.path not in self.configs:
+      if node.path in self.skipped or not node.inputs:
+        return None
+      node = graph.producer(node.inputs[0])
+    return self.configs[node.path]
+
+  def bind(self, model):
+    self._model = model
+    self._quantizers = [
+      placement for placement in model.placements if isinstance(placement.transform, self.Quantizer)
+    ]
+
+  def due(self, is_due):
+    """Yields (quantizer, the kernel that it gets, a tensor) of the layers that are due.
+
+    Args:
+      is_due: function of a layer's configuration.
+    """
+    for path, point, quantizer in self._quantizers:
+      if is_due(self.configs[path]):
+        yield quantizer, self._model.transformed(path, point, before=quantizer)
+
+
+def _with_ends(configs, paths):
+  """Returns {path: config}, the first and last of the model's `paths` at `end_bits` or more."""
+  ends = {path: configs[path] for path in (*paths[:1], *paths[-1:]) if path in configs}
+  raised = {
+    path: dataclasses.replace(
+      config,
+      weight_bits=max(
+        config.weight_bits,
+        config.end_bits if config.end_weight_bits is None else config.end_weight_bits,
+      ),
+      activation_bits=max(config.activation_bits, config.end_bits),
+    )
+    for path, config in ends.items()
+  }
+  return {**configs, **raised}
