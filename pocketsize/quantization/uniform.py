@@ -136,7 +136,7 @@ class Uniform(Compressor):
     self._kernels = [
       placement
       for placement in model.placements
-      if isinstance(placement.transform, KernelQuantizer)
+      if isinstance(placement.transform, KernelQuantizer) and placement.path in self.configs
     ]
 
   def update(self, step):
