@@ -180,7 +180,7 @@ class Learner(abc.ABC):
     if not self.epochs():
       return model
     self._on_chief(lambda: self._calibrate(model))
-    self._fit('compressed', model, self.epochs(), self.tuning_rate)
+    self._fit('compressed', model, self.epochs(), self.tuning_rate, **self.tuning(steps))
     stack.update(steps)
     return self.finished(model)
 
@@ -213,6 +213,13 @@ class Learner(abc.ABC):
     workers = self.run.batch_size * self.runtime.size / self.helper.config.batch_size_norm
     initial = workers * (self.run.lrn_rate_ft or 0.1 * self.helper.config.lrn_rate_init)
     return schedules.cosine(step, steps, initial)
+
+  def tuning(self, steps):
+    """Returns {field of `Schedule`: value} of what is otherwise when a compressed model is trained.
+
+    Such as its optimizer or, as a number or a function of the step, its weight decay.
+    """
+    return {}
 
   def surviving(self, model):
     """Returns {path: positions along a layer's channels that `prepared` left of those of `model`}.
@@ -282,8 +289,7 @@ class Learner(abc.ABC):
       self.helper.config.loss_w_dcy,
       self.run.save_step,
       self.run.summ_step,
-      **changes,
-    )
+    )._replace(**changes)
     with self._timed(f'{phase}_training'):
       train(
         model,

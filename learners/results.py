@@ -105,11 +105,11 @@ class Results:
     models = {
       'float': instrument(float_model),
       'compressed': model,
-      'compressed, activations float': instrument(strip(model)),
+      'compressed, as float files': conversion.float_version(model),
     }
     if (self.folder / 'pruned.keras').exists():
       models['pruned, not trained'] = instrument(load_model(self.folder / 'pruned.keras'))
-    (float_metrics, _), (metrics, outputs), (_, stripped_outputs), *rest = [
+    (float_metrics, _), (metrics, outputs), (_, float_outputs), *rest = [
       self._evaluate(models[name])
       for name in ProgressReport.over(f'evaluating on {self.run.eval_split}', list(models))
     ]
@@ -117,7 +117,7 @@ class Results:
     entries = conversion.verify_files(
       files,
       self._batches,
-      {True: outputs, False: stripped_outputs},
+      {True: outputs, False: float_outputs},
       self.helper.evaluator(),
       track=functools.partial(
         ProgressReport.over,

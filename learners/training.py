@@ -45,7 +45,8 @@ class Schedule(NamedTuple):
     steps: optimizer steps of the whole phase.
     learning_rate: step -> learning rate.
     momentum: of SGD, in [0, 1).
-    weight_decay: factor w of the L2 penalty w/2 |v|^2 over all weights but batch norm's.
+    weight_decay: factor w of the L2 penalty w/2 |v|^2 over all weights but batch norm's; a number,
+      or step -> number.
     save_step, summary_step: steps between two checkpoints, and between two reports.
     optimizer: 'sgd', or 'adam', which takes no momentum.
     rate_flags: that set the learning rate, for the error if training diverges.
@@ -55,7 +56,7 @@ class Schedule(NamedTuple):
   steps: int
   learning_rate: Callable[[int], float]
   momentum: float
-  weight_decay: float
+  weight_decay: float | Callable[[int], float]
   save_step: int
   summary_step: int
   optimizer: str = 'sgd'
@@ -79,10 +80,13 @@ def train(model, batches, loss, schedule, *, checkpoints, runtime, log_dir):
     UserError: the loss is no longer a number.
     Stopped: SIGINT or SIGTERM came; a checkpoint is written.
   """
-  decayed = _decayed(model)
+  decayed, weight_decay = _decayed(model), schedule.weight_decay
+  # What changes with the step is a variable of the compiled step; a number is a constant in it.
+  if callable(weight_decay):
+    weight_decay = tf.Variable(weight_decay(0), trainable=False, dtype=tf.float32)
 
   def total_loss(y, outputs):
-    return loss(y, outputs) + schedule.weight_decay * tf.add_n(
+    return loss(y, outputs) + weight_decay * tf.add_n(
       [tf.nn.l2_loss(weight.value) for weight in decayed]
     )
 
@@ -100,6 +104,15 @@ def train(model, batches, loss, schedule, *, checkpoints, runtime, log_dir):
   runtime.broadcast_variables(variables)
   if start >= schedule.steps:
     return
+  callbacks = [CompressionCallback(model.stack or Stack(), start)]
+  if callable(schedule.weight_decay):
+    callbacks.append(
+      keras.callbacks.LambdaCallback(
+        on_train_batch_begin=lambda batch, logs: weight_decay.assign(
+          schedule.weight_decay(start + batch)
+        )
+      )
+    )
   with (
     ProgressReport(schedule.title, schedule.steps, start, quiet=not runtime.is_chief) as progress,
     _signals() as caught,
@@ -111,7 +124,7 @@ def train(model, batches, loss, schedule, *, checkpoints, runtime, log_dir):
       steps_per_epoch=schedule.steps - start,
       verbose=0,
       shuffle=False,
-      callbacks=[CompressionCallback(model.stack or Stack(), start), loop],
+      callbacks=[*callbacks, loop],
     )
     # A signal that came while the last checkpoint was written.
     loop.stop_if_asked()

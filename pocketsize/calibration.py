@@ -1,18 +1,16 @@
 """What is set from data before training or shipping: scales, ranges of activations."""
 
-import keras
 import numpy as np
 
 from pocketsize.errors import UserError
 from pocketsize.quantization.kernel_quantizer import KernelQuantizer
-from pocketsize.quantization.quantizers import LEAST_WIDTH, ActivationQuantizer
 
 
 def calibrate(model, batches):
   """Sets every quantizer of an `Instrumented` model: scales from the kernels, ranges from data.
 
-  A range is the mean of the batches' extremes. While ranges are measured no activation is
-  quantized.
+  A range is the mean of what its quantizer measures in each batch, such as the extremes. While
+  ranges are measured no activation is quantized.
 
   Args:
     model: `Instrumented`.
@@ -22,30 +20,25 @@ def calibrate(model, batches):
     UserError: there are activation quantizers and no batch.
   """
   fit_scales(model)
-  quantizers = [
-    transform for transform in model.transforms if isinstance(transform, ActivationQuantizer)
-  ]
+  quantizers = [transform for transform in model.transforms if hasattr(transform, 'measure')]
   if not quantizers:
     return
-  extremes = {id(quantizer): [] for quantizer in quantizers}
+  measures = {id(quantizer): [] for quantizer in quantizers}
 
   def observe(transform, x):
-    if not isinstance(transform, ActivationQuantizer):
+    if not hasattr(transform, 'measure'):
       return transform(x)
-    extremes[id(transform)].append((float(keras.ops.min(x)), float(keras.ops.max(x))))
+    measures[id(transform)].append(transform.measure(x))
     return x
 
   for batch in batches:
     model.run(batch, training=False, activate=observe)
   for quantizer in quantizers:
-    if not extremes[id(quantizer)]:
+    if not measures[id(quantizer)]:
       raise UserError(
         'Activation ranges need data: `calibration` must give at least one batch. Received none.'
       )
-    low, high = np.mean(extremes[id(quantizer)], axis=0)
-    low = min(low, 0.0)
-    quantizer.low.assign(low)
-    quantizer.high.assign(max(high, 0.0, low + LEAST_WIDTH))
+    quantizer.set_range(*np.mean(measures[id(quantizer)], axis=0))
 
 
 def fit_scales(model):
@@ -62,7 +55,7 @@ def check_ranges(model):
   unseen = [
     path
     for path, _, transform in model.placements
-    if isinstance(transform, ActivationQuantizer) and not transform.has_range
+    if hasattr(transform, 'measure') and transform.is_on and not transform.has_range
   ]
   if unseen:
     raise UserError(

@@ -13,7 +13,6 @@ from pocketsize.graph import Graph
 from pocketsize.instrument import strip
 from pocketsize.quantization.kernel_quantizer import KernelQuantizer
 from pocketsize.quantization.placement import MOVING
-from pocketsize.quantization.quantizers import ActivationQuantizer
 
 FLOAT_BITS = 32
 PACKAGES = (
@@ -53,26 +52,25 @@ def weight_bits(model, path):
   bits = [
     transform.bits
     for place, _, transform in model.placements
-    if place == path and isinstance(transform, KernelQuantizer)
+    if place == path and isinstance(transform, KernelQuantizer) and transform.is_on
   ]
   return max(bits, default=FLOAT_BITS)
 
 
 def activation_bits(model, path):
   """Returns the bits of a layer's first input in an `Instrumented` model; 32 for float."""
-  node = next(node for node in model.graph.nodes if node.path == path)
-  while node.inputs:
-    node = model.graph.producer(node.inputs[0])
+  node, point = next(node for node in model.graph.nodes if node.path == path), 'input'
+  while True:
     bits = [
       transform.bits
-      for transform in model.transforms_at(node.path, 'output')
-      if isinstance(transform, ActivationQuantizer)
+      for transform in model.transforms_at(node.path, point)
+      if hasattr(transform, 'bits') and transform.is_on
     ]
     if bits:
       return bits[-1]
-    if type(node.operation).__name__ not in MOVING:
-      break
-  return FLOAT_BITS
+    if not node.inputs or (point == 'output' and type(node.operation).__name__ not in MOVING):
+      return FLOAT_BITS
+    node, point = model.graph.producer(node.inputs[0]), 'output'
 
 
 def layers(model, skipped, float_graph=None):

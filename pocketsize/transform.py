@@ -54,9 +54,11 @@ class Transform(keras.layers.Layer):
 
   Attributes:
     order: transforms of one placement run in ascending order: masks 10, quantizers 20.
+    is_on: whether it changes anything at all; what waits for its step is off until then.
   """
 
   order = 0
+  is_on = True
 
   def __init__(self, **kwargs):
     super().__init__(**kwargs)

@@ -5,6 +5,7 @@ from pocketsize.conversion.formats import (
   ExportedFile,
   check_formats,
   export,
+  float_version,
   formats_for,
   is_quantized,
 )
@@ -18,6 +19,7 @@ __all__ = [
   'ExportedFile',
   'count_ops',
   'export',
+  'float_version',
   'formats_for',
   'is_quantized',
   'latency',

@@ -10,7 +10,7 @@ from pocketsize.conversion.errors import require
 from pocketsize.conversion.lowering import Lowered
 from pocketsize.errors import UserError
 from pocketsize.files import atomic_path
-from pocketsize.instrument import Instrumented
+from pocketsize.instrument import ACTIVATION_POINTS, Instrumented, instrument, strip
 
 
 class ExportedFile(NamedTuple):
@@ -53,6 +53,24 @@ def is_quantized(model):
   """Returns whether `model` has quantizers, of weights or of activations."""
   return isinstance(model, Instrumented) and any(
     hasattr(transform, 'bits') for transform in model.transforms
+  )
+
+
+def float_version(model):
+  """Returns an `Instrumented` model that computes what the float formats of `model` do.
+
+  Weights are as deployed; of the activations' transforms those stay that files hold as operations.
+
+  Args:
+    model: `Instrumented`. Its weights are copied, its transforms shared.
+  """
+  return instrument(
+    strip(model),
+    [
+      placement
+      for placement in model.placements
+      if placement.point in ACTIVATION_POINTS and not hasattr(placement.transform, 'range')
+    ],
   )
 
 
@@ -99,7 +117,7 @@ def export(model, folder, formats=None, name='model', track=iter):
   """Writes a model in several formats. A file is whole or absent.
 
   Float formats compute with the kernels as deployed and float activations, int8 formats with what
-  the quantizers learned; no data is used.
+  the quantizers learned; no data is used. Binary activations are in both, as float operations.
 
   Args:
     model: `Instrumented`, or a Functional or Sequential model.
@@ -142,11 +160,10 @@ def _write(writer, lowered, path):
 
 def _note(lowered):
   notes = list(lowered.notes)
-  if lowered.kernels and not lowered.has_activations:
+  integers = [kernel for kernel in lowered.kernels if kernel.codes is not None]
+  if integers and not lowered.has_activations:
     notes.append('int8 weights, expanded by the runtime; computed in float')
-  narrow = sorted(
-    {kernel.bits for kernel in lowered.kernels if kernel.codes is not None and kernel.bits < 8}
-  )
+  narrow = sorted({kernel.bits for kernel in integers if kernel.bits < 8})
   if narrow:
     notes.append(
       f'{", ".join(f"{bits}-bit" for bits in narrow)} weights as int8 codes of the same scale'

@@ -37,6 +37,31 @@ def depthwise(x, kernel, offset=None, strides=(1, 1)):
   return y if offset is None else tf.nn.bias_add(y, tf.constant(offset, tf.float32))
 
 
+def call_subsampled(layer, x, call):
+  """Returns call(x) of a layer; a 1x1 convolution with strides gets what it reads, and no strides.
+
+  OpenVINO 2026 loses the strides of one with an int8 kernel where its input is computed by
+  operations that it moves strides through.
+
+  Args:
+    layer: the layer that `call` calls.
+    x: its input.
+    call: function of x.
+  """
+  if (
+    type(layer) is not keras.layers.Conv2D
+    or layer.kernel_size != (1, 1)
+    or layer.data_format != 'channels_last'
+    or layer.strides == (1, 1)
+  ):
+    return call(x)
+  strides, layer.strides = layer.strides, (1, 1)
+  try:
+    return call(x[:, :: strides[0], :: strides[1]])
+  finally:
+    layer.strides = strides
+
+
 def call_weighted(layer, args, kwargs, bias):
   """Calls a conv or dense layer and adds `bias`, [channels] array or None.
 

@@ -1,7 +1,8 @@
 """A Keras model as one TensorFlow function that the converters understand.
 
 Batch norm is folded into the layer before it, activation quantizers become TensorFlow's fake
-quantizers, and everything else that training put in is baked into the kernels.
+quantizers, or operations where those do not fit (binary activations), and everything else that
+training put in is baked into the kernels.
 """
 
 import functools
@@ -52,7 +53,11 @@ class Lowered:
     self._graph = Graph(source)
     self.kernels, self.stand_ins = [], []
     self._paths_by_note = {}
+    placements = model.placements if isinstance(model, Instrumented) else []
+    # Whether a transform is on, and what it computes with, cannot be read inside `function`.
+    self._placements = [placement for placement in placements if placement.transform.is_on]
     self._deployed = _deployed(model) if isinstance(model, Instrumented) else {}
+    self._operations = self._read_operations()
     self._ranges = self._read_ranges()
     self.has_activations = any(low_high for low_high in self._ranges.values())
     self._batch_norms = folding.foldable(self._graph, self._separates)
@@ -95,7 +100,7 @@ class Lowered:
     return [tf.identity(y) for y in self._graph.run(list(inputs), self._call, training=False)]
 
   def _transforms(self, path, point):
-    return self._model.transforms_at(path, point) if isinstance(self._model, Instrumented) else []
+    return [each.transform for each in self._placements if each[:2] == (path, point)]
 
   def _weight(self, node, point):
     """Returns a weight as deployed, an array."""
@@ -105,10 +110,21 @@ class Lowered:
   def _batch_norm_factors(self, node):
     return folding.batch_norm_factors(node.operation, self._deployed.get(node.path))
 
+  def _read_operations(self):
+    """Returns {transform: function of x} of activations that no file's quantizer can express."""
+    operations = {}
+    for path, _, transform in self._placements:
+      if hasattr(transform, 'operations'):
+        _check_range(path, transform)
+        operations[transform] = transform.operations()
+        if self._quantized:
+          self._note(f'{transform.bits}-bit activations as float32 operations', path)
+    return operations
+
   def _read_ranges(self):
     """Returns {activation quantizer: (low, high), or None where it stays float}."""
     ranges = {}
-    for place in self._model.placements if self._quantized else ():
+    for place in self._placements if self._quantized else ():
       if not hasattr(place.transform, 'range'):
         continue
       bits = place.transform.bits
@@ -120,11 +136,7 @@ class Lowered:
       if bits > 8:
         ranges[place.transform] = None
         continue
-      if not place.transform.has_range:
-        raise UserError(
-          f'The activation quantizer at {place.path!r} has seen no data: calibrate or train the '
-          'model before it is exported.'
-        )
+      _check_range(place.path, place.transform)
       ranges[place.transform] = place.transform.range()
     return ranges
 
@@ -199,8 +211,14 @@ class Lowered:
     low_high = self._input_range(node)
     return (low_high[1] - low_high[0]) / 255.0 if low_high else None
 
+  def _reads_operations(self, node):
+    transforms = self._transforms(node.path, 'input')
+    return any(transform in self._operations for transform in transforms)
+
   def _input_range(self, node):
     """Returns (low, high) of the 8-bit activation that `node` reads, or None where it is float."""
+    if self._reads_operations(node):
+      return None
     low_high = self._range_at(node, 'input')
     while not low_high and node.inputs:
       node = self._graph.producer(node.inputs[0])
@@ -244,8 +262,14 @@ class Lowered:
   def _call_weighted(self, node, args, kwargs):
     mapping, bias = self._weights[node]
     mapping = [(variable, tf.constant(value)) for variable, value in mapping]
+
+    def call(x):
+      return integer.call_weighted(node.operation, (x, *args[1:]), kwargs, bias)
+
     with keras.StatelessScope(state_mapping=mapping):
-      return integer.call_weighted(node.operation, args, kwargs, bias)
+      if self._quantized and self._reads_operations(node):
+        return integer.call_subsampled(node.operation, args[0], call)
+      return call(args[0])
 
   def _call_depthwise(self, node, args, kwargs):
     layer, low_high = node.operation, self._input_range(node)
@@ -259,11 +283,21 @@ class Lowered:
 
   def _transformed(self, transform, x):
     """Applies an activation's transform: quantizers by the converters' own operation."""
+    if transform in self._operations:
+      return self._operations[transform](x)
     if not hasattr(transform, 'range'):
       return transform(x, training=False)
     if not self._ranges.get(transform):
       return x
     return integer.fake_quantize(x, self._ranges[transform])
+
+
+def _check_range(path, quantizer):
+  if not quantizer.has_range:
+    raise UserError(
+      f'The activation quantizer at {path!r} has seen no data: calibrate or train the model before '
+      'it is exported.'
+    )
 
 
 def _deployed(model):

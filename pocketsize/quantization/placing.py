@@ -143,7 +143,9 @@ class Quantization(Compressor):
   def bind(self, model):
     self._model = model
     self._quantizers = [
-      placement for placement in model.placements if isinstance(placement.transform, self.Quantizer)
+      placement
+      for placement in model.placements
+      if isinstance(placement.transform, self.Quantizer) and placement.path in self.configs
     ]
 
   def due(self, is_due):

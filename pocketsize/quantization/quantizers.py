@@ -188,6 +188,16 @@ class ActivationQuantizer(Transform):
     """Returns (low, high), nudged: real zero is an integer code."""
     return nudged_range(float(self.low), float(self.high), self.bits)
 
+  def measure(self, x):
+    """Returns what `set_range` takes the mean of over batches: the extremes of x."""
+    return float(keras.ops.min(x)), float(keras.ops.max(x))
+
+  def set_range(self, low, high):
+    """Sets the range, which always contains 0."""
+    low = min(low, 0.0)
+    self.low.assign(low)
+    self.high.assign(max(high, 0.0, low + LEAST_WIDTH))
+
   def observe(self, x):
     """Moves the range toward that of batch x; returns the range to use for it."""
     x = tf.stop_gradient(x)
