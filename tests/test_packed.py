@@ -198,6 +198,7 @@ def test_a_weight_that_was_made_zero_later_stays_zero():
     of_tensor([0, 1, 4], 2, 1.0, 1.0),  # no code of 2 bits
     of_tensor([-1, 1, 2], 2, 1.0, 1.0),
     Codes(np.array([0, 1, 2]), 2, Groups((3,), 'tensor'), centres=np.float32([[-1, 0]])),
+    Codes(np.array([0, 1, 2]), 1, Groups((3,), 'tensor'), centres=np.float32([[-1, 0, 3]])),
   ],
 )
 def test_codes_that_stand_for_something_else_are_not_used(codes):
@@ -223,7 +224,8 @@ def test_entropy_coding_comes_near_the_entropy(bits, zeros):
   """Within 30 % of the codes' entropy, and far below `bits` where most codes are the same."""
   rng = np.random.default_rng(0)
   high = 2 ** (bits - 1) - 1
-  integers = np.clip(np.round(rng.normal(size=20_000) * high / 3), -high, high).astype(int) + high
+  spread = max(high / 3, 1)
+  integers = np.clip(np.round(rng.normal(size=20_000) * spread), -high, high).astype(int) + high
   integers[rng.random(integers.size) < zeros] = high
   codes = of_tensor(integers, bits, 1.0, high)
   weight = writer.weight_of('a/kernel', np.float32(integers - high), [Given(codes)])

@@ -128,8 +128,10 @@ def _stored(path, values):
 def _of_codes(path, values, codes):
   """Returns the `Weight` of `Codes`, or None if they stand for something else."""
   integers, groups = np.reshape(codes.codes, values.shape), codes.groups
-  levels = 2**codes.bits if codes.centres is None else np.shape(codes.centres)[1]
-  if integers.min(initial=0) < 0 or integers.max(initial=0) >= levels:
+  levels = 2**codes.bits
+  if codes.centres is not None:
+    levels = min(levels, np.shape(codes.centres)[1])
+  if values.dtype != np.float32 or not 0 <= integers.min() <= integers.max() < levels:
     return None
   by_bucket = groups.broadcast is None
   weight = Weight(
