@@ -218,12 +218,12 @@ def test_weight_scales_are_set_without_calibration_and_the_first_batch_sets_the_
     ([], r'at least one entry\. Received: \[\]'),
     (
       [{'ratio': 0.5}],
-      r"'algorithm', one of binary, filters, magnitude, non-uniform, uniform.*Received: \{'ratio': 0\.5\}",
+      r"'algorithm', one of binary, filters, magnitude, non-uniform, .*Received: \{'ratio': 0\.5\}",
     ),
     (['magnitude'], r"a dict with a key 'algorithm'.*Received: 'magnitude'"),
     (
       [{'algorithm': 'magic'}],
-      r"`algorithm` must be one of binary, filters, magnitude, non-uniform, uniform.*Received: 'magic'",
+      r"`algorithm` must be one of binary, filters, magnitude, non-uniform, .*Received: 'magic'",
     ),
     ([{'algorithm': 'magnitude', 'bits': 3}], r"takes the keys algorithm.*ratio.*Received: 'bits'"),
     ([{'algorithm': 'magnitude', 'ratio': 2}], r'`ratio` .* Received: 2'),
