@@ -1,18 +1,18 @@
 """What is set from data before training or shipping: scales, ranges of activations."""
 
 import keras
-import numpy as np
 
 from pocketsize.errors import UserError
+from pocketsize.quantization import ranges
 from pocketsize.quantization.kernel_quantizer import KernelQuantizer
-from pocketsize.quantization.quantizers import LEAST_WIDTH, ActivationQuantizer
+from pocketsize.quantization.range_quantizer import RangeQuantizer
 
 
 def calibrate(model, batches):
   """Sets every quantizer of an `Instrumented` model: scales from the kernels, ranges from data.
 
-  A range is the mean of the batches' extremes. While ranges are measured no activation is
-  quantized.
+  A range is found as the quantizer's `start` says, by default the mean of the batches' extremes.
+  While ranges are measured no activation is quantized.
 
   Args:
     model: `Instrumented`.
@@ -22,30 +22,30 @@ def calibrate(model, batches):
     UserError: there are activation quantizers and no batch.
   """
   fit_scales(model)
-  quantizers = [
-    transform for transform in model.transforms if isinstance(transform, ActivationQuantizer)
-  ]
-  if not quantizers:
+  found = {
+    transform: ranges.initialiser(transform.start, transform.bits, transform.symmetric)
+    for transform in model.transforms
+    if isinstance(transform, RangeQuantizer)
+  }
+  if not found:
     return
-  extremes = {id(quantizer): [] for quantizer in quantizers}
+  seen = set()
 
   def observe(transform, x):
-    if not isinstance(transform, ActivationQuantizer):
+    if transform not in found:
       return transform(x)
-    extremes[id(transform)].append((float(keras.ops.min(x)), float(keras.ops.max(x))))
+    found[transform].update(keras.ops.convert_to_numpy(x))
+    seen.add(transform)
     return x
 
   for batch in batches:
     model.run(batch, training=False, activate=observe)
-  for quantizer in quantizers:
-    if not extremes[id(quantizer)]:
+  for transform, initialiser in found.items():
+    if transform not in seen:
       raise UserError(
         'Activation ranges need data: `calibration` must give at least one batch. Received none.'
       )
-    low, high = np.mean(extremes[id(quantizer)], axis=0)
-    low = min(low, 0.0)
-    quantizer.low.assign(low)
-    quantizer.high.assign(max(high, 0.0, low + LEAST_WIDTH))
+    transform.set_range(*initialiser.result())
 
 
 def fit_scales(model):
@@ -62,7 +62,7 @@ def check_ranges(model):
   unseen = [
     path
     for path, _, transform in model.placements
-    if isinstance(transform, ActivationQuantizer) and not transform.has_range
+    if isinstance(transform, RangeQuantizer) and not transform.has_range
   ]
   if unseen:
     raise UserError(

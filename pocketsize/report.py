@@ -13,7 +13,7 @@ from pocketsize.graph import Graph
 from pocketsize.instrument import strip
 from pocketsize.quantization.kernel_quantizer import KernelQuantizer
 from pocketsize.quantization.placement import MOVING
-from pocketsize.quantization.quantizers import ActivationQuantizer
+from pocketsize.quantization.range_quantizer import RangeQuantizer
 
 FLOAT_BITS = 32
 PACKAGES = (
@@ -66,7 +66,7 @@ def activation_bits(model, path):
     bits = [
       transform.bits
       for transform in model.transforms_at(node.path, 'output')
-      if isinstance(transform, ActivationQuantizer)
+      if isinstance(transform, RangeQuantizer)
     ]
     if bits:
       return bits[-1]

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pocketsize import targets
+from pocketsize.quantization.kernel_quantizer import KernelQuantizer
 
 # Runtimes hold a bias as int32 multiples of (input step * weight step).
 _BIAS_CODES = 2.0**30
@@ -67,7 +68,7 @@ def make_kernel(path, layer, point, deployed, transforms, factor=None, bias=None
   note = ''
   scale = _channel_scale(grid, deployed.shape, axes)
   if scale is None:
-    note = f'{bits}-bit weights in groups that no format has, as int8 by output channel'
+    note = f'{bits}-bit weights {_without_grid(transforms)}, as int8 by output channel'
     within = tuple(axis for axis in range(deployed.ndim) if axis not in axes)
     scale = np.abs(deployed.astype(np.float64)).max(axis=within, keepdims=True) / 127.0
     scale, bits = np.broadcast_to(scale, deployed.shape), 8
@@ -115,6 +116,12 @@ def _grid(deployed, transforms):
   if grids:
     return grids[-1], grids[-1].bits
   return None, max((getattr(transform, 'bits', 0) for transform in transforms), default=0)
+
+
+def _without_grid(transforms):
+  """Returns what the last quantizer says of a kernel that lies on no grid."""
+  quantizers = [each for each in transforms if isinstance(each, KernelQuantizer)]
+  return (quantizers or [KernelQuantizer])[-1].without_grid
 
 
 def _channel_scale(grid, shape, axes):

@@ -20,6 +20,7 @@ from pocketsize.instrument import (
   with_preactivation,
 )
 from pocketsize.quantization.placement import MOVING
+from pocketsize.quantization.range_quantizer import RangeQuantizer
 
 # What leads from a converter's error back to the layer: the scope of its operations.
 SCOPE = 'layer_'
@@ -109,7 +110,7 @@ class Lowered:
     """Returns {activation quantizer: (low, high), or None where it stays float}."""
     ranges = {}
     for place in self._model.placements if self._quantized else ():
-      if not hasattr(place.transform, 'range'):
+      if not isinstance(place.transform, RangeQuantizer):
         continue
       bits = place.transform.bits
       if bits != 8:
@@ -259,7 +260,7 @@ class Lowered:
 
   def _transformed(self, transform, x):
     """Applies an activation's transform: quantizers by the converters' own operation."""
-    if not hasattr(transform, 'range'):
+    if not isinstance(transform, RangeQuantizer):
       return transform(x, training=False)
     if not self._ranges.get(transform):
       return x
