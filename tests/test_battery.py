@@ -41,7 +41,6 @@ BUSY = {
     'activation_bits': 6,
     'weight_range': 'learned',
     'activation_range': 'learned',
-    'range_start': 'mse',
   },
   'uniform-dorefa-pact': {
     'weight_bits': 3,

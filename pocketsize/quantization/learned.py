@@ -91,9 +91,12 @@ class LearnedScale(SymmetricQuantizer):
 class LearnedRange(RangeQuantizer):
   """Quantizer of an activation whose range is trained.
 
-  `nonnegative`: from 0 to a trained end. Else `quantize_by_range`, or with `symmetric`
-  `quantize_by_high`. Gradients are as these functions say, not scaled: an end of a range is in the
-  units of the activation, as an offset of batch norm is.
+  `nonnegative`: from 0 to a trained end. Else `quantize_by_range` with both ends trained, or with
+  `symmetric` `quantize_by_high`. Gradients are not scaled: an end of a range is in the units of the
+  activation, as an offset of batch norm is.
+
+  Deviation: NNCF trains low and the width. What is above the range then moves low as well, and a
+  range can leave its data; here the width is high - low.
 
   Args:
     symmetric: whether a range with two ends is symmetric around 0; needs 2 bits.
@@ -105,8 +108,7 @@ class LearnedRange(RangeQuantizer):
     self.symmetric = symmetric
 
   def build(self, shape):
-    # From low to high; without a trained low from 0 to high.
-    self.extent = self.add_weight(name='extent', shape=(), initializer='zeros')
+    self.high = self.add_weight(name='high', shape=(), initializer='zeros')
     self.low = None
     if not (self.nonnegative or self.symmetric):
       self.low = self.add_weight(name='low', shape=(), initializer='zeros')
@@ -114,48 +116,46 @@ class LearnedRange(RangeQuantizer):
 
   @property
   def has_range(self):
-    return float(self.extent) != 0.0
+    return float(self.high) != 0.0 or (self.low is not None and float(self.low) != 0.0)
 
   def range(self):
-    extent = tf.abs(self.extent.value)
     if self.low is not None:
-      low, high = adjusted_range(self.low.value, extent, self.bits)
+      low, high = adjusted_range(self.low.value, self.high - self.low, self.bits)
     else:
-      half = 2.0 ** (self.bits - 1)
-      low, high = (0.0 if self.nonnegative else -extent * (half / (half - 1.0))), extent
+      half, high = 2.0 ** (self.bits - 1), tf.abs(self.high.value)
+      low = 0.0 if self.nonnegative else -high * (half / (half - 1.0))
     return nudged_range(float(low), float(high), self.bits)
 
   def set_range(self, low, high):
     low = 0.0 if self.nonnegative else low
-    high = max(high, low + LEAST_WIDTH)
+    self._start(low, max(high, low + LEAST_WIDTH))
+
+  def _start(self, low, high):
     if self.low is not None:
       self.low.assign(low)
-    self.extent.assign(self._extent(low, high))
-
-  def _extent(self, low, high):
-    return high - low if self.low is not None else tf.maximum(-low, high)
+    self.high.assign(high if self.low is not None else tf.maximum(-low, high))
 
   def observe(self, x):
-    unseen = tf.equal(self.extent.value, 0.0)
-    low, high = tf.cond(
-      unseen,
-      lambda: self.ends(tf.stop_gradient(x)),
-      lambda: (tf.constant(0.0), tf.constant(0.0)),
+    low = 0.0 if self.low is None else self.low.value
+    self._start(
+      *tf.cond(
+        tf.equal(self.high.value, low),
+        lambda: self.ends(tf.stop_gradient(x)),
+        lambda: (tf.convert_to_tensor(low), tf.convert_to_tensor(self.high.value)),
+      )
     )
-    if self.low is not None:
-      self.low.assign(tf.where(unseen, low, self.low.value))
-    self.extent.assign(tf.where(unseen, self._extent(low, high), self.extent.value))
 
   def call(self, x, training=None):
     if training:
       self.observe(x)
-    return self.on_levels(x, tf.abs(self.extent.value))
+    return self.on_levels(x)
 
-  def on_levels(self, x, extent):
-    """Returns x on the levels of a range of `extent`, a tensor, not negative."""
-    if self.low is not None:
-      return quantize_by_range(x, tf.convert_to_tensor(self.low.value), extent, self.bits)
-    return quantize_by_high(x, extent, self.bits, signed=not self.nonnegative)
+  def on_levels(self, x):
+    """Returns x on the levels of the range."""
+    if self.low is None:
+      return quantize_by_high(x, tf.abs(self.high.value), self.bits, signed=not self.nonnegative)
+    low = tf.convert_to_tensor(self.low.value)
+    return quantize_by_range(x, low, self.high - low, self.bits)
 
   def get_config(self):
     return {**super().get_config(), 'symmetric': self.symmetric}
@@ -163,7 +163,7 @@ class LearnedRange(RangeQuantizer):
 
 @keras.saving.register_keras_serializable(package='pocketsize')
 class Pact(LearnedRange):
-  """Clips what is never negative at a trained alpha, `extent`, see `quantize_by_clipping`.
+  """Clips what is never negative at a trained alpha, `high`, see `quantize_by_clipping`.
 
   Args:
     decay: factor w of the penalty w/2 alpha^2 (Choi et al. 2018, section 3.2), not negative.
@@ -174,12 +174,12 @@ class Pact(LearnedRange):
     super().__init__(bits, True, start, **kwargs)
     self.decay = decay
 
-  def on_levels(self, x, extent):
-    return quantize_by_clipping(x, extent, self.bits)
+  def on_levels(self, x):
+    return quantize_by_clipping(x, tf.abs(self.high.value), self.bits)
 
   def penalty(self):
     """Returns what is added to the loss, a scalar tensor."""
-    return 0.5 * self.decay * tf.square(self.extent.value)
+    return 0.5 * self.decay * tf.square(self.high.value)
 
   def get_config(self):
     config = {**super().get_config(), 'decay': self.decay}
