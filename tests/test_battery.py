@@ -36,13 +36,13 @@ BUSY = {
   'magnitude': {'ratio': 0.6, 'begin_step': 3, 'end_step': 33, 'update_every': 4},
   'non-uniform': {'weight_bits': 3, 'activation_bits': 6, 'refit_every': 7, 'momentum': 0.9},
   'uniform': {'weight_bits': 3, 'activation_bits': 6, 'scale_every': 7, 'momentum': 0.9},
-  'uniform-learned': {
+  'uniform:learned': {
     'weight_bits': 3,
     'activation_bits': 6,
     'weight_range': 'learned',
     'activation_range': 'learned',
   },
-  'uniform-dorefa-pact': {
+  'uniform:dorefa-pact': {
     'weight_bits': 3,
     'activation_bits': 6,
     'weight_range': 'dorefa',
@@ -58,7 +58,7 @@ each_configuration = pytest.mark.parametrize('name', sorted({*ALGORITHMS, *BUSY}
 
 
 def entries(name):
-  return [{'algorithm': name.partition('-')[0], **BUSY.get(name, {})}]
+  return [{'algorithm': name.partition(':')[0], **BUSY.get(name, {})}]
 
 
 def fit(model, stack, begin, end, callback_step=None):
