@@ -1,7 +1,7 @@
 """What every algorithm must do. An algorithm that `discover` finds is tested by existing.
 
 It brings `Config.neutral()`, the configuration that changes nothing. An entry in BUSY makes it work
-at more steps than the first; without one it runs with its defaults. An entry '<algorithm>-<words>'
+at more steps than the first; without one it runs with its defaults. An entry '<algorithm>:<words>'
 is the same algorithm again in another configuration.
 """
 
