@@ -4,10 +4,17 @@ import dataclasses
 
 from learners import quantization
 from learners.learner import Learner
+from pocketsize.errors import UserError
 from pocketsize.options import check_options, option
 from pocketsize.quantization.placing import END_BITS, FLOAT_BITS
 from pocketsize.quantization.quantizers import BITS
-from pocketsize.quantization.uniform import Uniform, UniformConfig
+from pocketsize.quantization.ranges import AUTO, NAMES
+from pocketsize.quantization.uniform import (
+  ACTIVATION_RANGES,
+  WEIGHT_RANGES,
+  Uniform,
+  UniformConfig,
+)
 
 
 class UniformLearner(Learner):
@@ -39,10 +46,51 @@ class UniformLearner(Learner):
     uql_quantize_all_layers: bool = option(
       False, f'first and last layer like the others; if not, they have at least {END_BITS} bits'
     )
+    uql_weight_range: str = option(
+      'fitted',
+      'scales of weights: fitted, or trained, or trained by their log2; dorefa goes through tanh, '
+      'asymmetric has a zero point',
+      choices=WEIGHT_RANGES,
+    )
+    uql_activation_range: str = option(
+      'running',
+      'ranges of activations: running averages, or trained; pact trains those that a ReLU writes',
+      choices=ACTIVATION_RANGES,
+    )
+    uql_range_start: str = option(
+      AUTO,
+      'how ranges begin, from training batches, and scales, from weights; auto: mean of the '
+      "batches' extremes; largest weight, or least squared error up to 4 bits",
+      choices=NAMES,
+    )
 
     def __post_init__(self):
       check_options(self)
       quantization.check_buckets(self, 'uql')
+
+      float_weights = self.uql_weight_bits == FLOAT_BITS and self.uql_weight_bits_list is None
+      for name, has_effect, without in (
+        ('uql_weight_range', not float_weights, f'--uql_weight_bits={FLOAT_BITS}'),
+        (
+          'uql_activation_range',
+          self.uql_activation_bits != FLOAT_BITS,
+          f'--uql_activation_bits={FLOAT_BITS}',
+        ),
+        (
+          'uql_range_start',
+          self.uql_activation_bits != FLOAT_BITS
+          or not (float_weights or self.uql_weight_range == 'dorefa'),
+          f'--uql_activation_bits={FLOAT_BITS} and weights that are float or dorefa',
+        ),
+      ):
+        value = getattr(self, name)
+        if value != self.__dataclass_fields__[name].default and not has_effect:
+          raise UserError(f'--{name} has no effect with {without}. Received: {value}.')
+      if self.uql_activation_range == 'learned_symmetric' and self.uql_activation_bits == 1:
+        raise UserError(
+          '--uql_activation_range=learned_symmetric needs --uql_activation_bits of at least 2. '
+          'Received: 1.'
+        )
 
     def quantization(self):
       """Returns the `UniformConfig` of a layer."""
@@ -52,11 +100,17 @@ class UniformLearner(Learner):
         granularity=quantization.granularity(self, 'uql'),
         bucket_size=self.uql_bucket_size,
         end_bits=0 if self.uql_quantize_all_layers else END_BITS,
+        weight_range=self.uql_weight_range,
+        activation_range=self.uql_activation_range,
+        range_start=self.uql_range_start,
       )
 
   def epochs(self):
     return self.config.uql_quant_epochs
 
   def compressors(self, graph, steps):
-    default = self.config.quantization()
+    # The penalty of PACT has the factor of the weight decay (Choi et al. 2018, section 3.2).
+    default = dataclasses.replace(
+      self.config.quantization(), pact_decay=self.helper.config.loss_w_dcy
+    )
     return [Uniform(quantization.rules(self.config, 'uql', default, graph))]

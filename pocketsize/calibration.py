@@ -1,16 +1,17 @@
 """What is set from data before training or shipping: scales, ranges of activations."""
 
-import numpy as np
+import keras
 
 from pocketsize.errors import UserError
+from pocketsize.quantization.calibrated import Calibrated
 from pocketsize.quantization.kernel_quantizer import KernelQuantizer
 
 
 def calibrate(model, batches):
   """Sets every quantizer of an `Instrumented` model: scales from the kernels, ranges from data.
 
-  A range is the mean of what its quantizer measures in each batch, such as the extremes. While
-  ranges are measured no activation is quantized.
+  A range is found as the quantizer's `start` says, by default the mean of the batches' extremes.
+  While ranges are measured no activation is quantized.
 
   Args:
     model: `Instrumented`.
@@ -20,25 +21,30 @@ def calibrate(model, batches):
     UserError: there are activation quantizers and no batch.
   """
   fit_scales(model)
-  quantizers = [transform for transform in model.transforms if hasattr(transform, 'measure')]
-  if not quantizers:
+  found = {
+    transform: transform.initialiser()
+    for transform in model.transforms
+    if isinstance(transform, Calibrated)
+  }
+  if not found:
     return
-  measures = {id(quantizer): [] for quantizer in quantizers}
+  seen = set()
 
   def observe(transform, x):
-    if not hasattr(transform, 'measure'):
+    if transform not in found:
       return transform(x)
-    measures[id(transform)].append(transform.measure(x))
+    found[transform].update(keras.ops.convert_to_numpy(x))
+    seen.add(transform)
     return x
 
   for batch in batches:
     model.run(batch, training=False, activate=observe)
-  for quantizer in quantizers:
-    if not measures[id(quantizer)]:
+  for transform, initialiser in found.items():
+    if transform not in seen:
       raise UserError(
         'Activation ranges need data: `calibration` must give at least one batch. Received none.'
       )
-    quantizer.set_range(*np.mean(measures[id(quantizer)], axis=0))
+    transform.set_range(*initialiser.result())
 
 
 def fit_scales(model):
@@ -55,7 +61,7 @@ def check_ranges(model):
   unseen = [
     path
     for path, _, transform in model.placements
-    if hasattr(transform, 'measure') and transform.is_on and not transform.has_range
+    if isinstance(transform, Calibrated) and transform.is_on and not transform.has_range
   ]
   if unseen:
     raise UserError(

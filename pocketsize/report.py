@@ -11,6 +11,7 @@ from rich.table import Table
 from pocketsize import cost, targets
 from pocketsize.graph import Graph
 from pocketsize.instrument import strip
+from pocketsize.quantization.calibrated import Calibrated
 from pocketsize.quantization.kernel_quantizer import KernelQuantizer
 from pocketsize.quantization.placement import MOVING
 
@@ -64,7 +65,7 @@ def activation_bits(model, path):
     bits = [
       transform.bits
       for transform in model.transforms_at(node.path, point)
-      if hasattr(transform, 'bits') and transform.is_on
+      if isinstance(transform, Calibrated) and transform.is_on
     ]
     if bits:
       return bits[-1]

@@ -114,7 +114,15 @@ def randomized(model, seed=0):
   return model
 
 
-def quantized(model, bits=8, activation_bits=8, granularity='channel', masks=()):
+def quantized(
+  model,
+  bits=8,
+  activation_bits=8,
+  granularity='channel',
+  masks=(),
+  weights=WeightQuantizer,
+  activations=ActivationQuantizer,
+):
   """Instruments a model with fitted quantizers.
 
   Args:
@@ -122,6 +130,7 @@ def quantized(model, bits=8, activation_bits=8, granularity='channel', masks=())
     activation_bits: None for float.
     granularity: of the weights.
     masks: further placements.
+    weights, activations: the quantizers' classes.
   """
   graph = Graph(model)
   placements = list(masks)
@@ -131,9 +140,7 @@ def quantized(model, bits=8, activation_bits=8, granularity='channel', masks=())
       kernel = np.array(getattr(layer, point))
       if (path, point) in mask_by_place:
         kernel = np.array(mask_by_place[path, point](kernel))
-      quantizer = WeightQuantizer(
-        bits, granularity, targets.channel_axes(layer, point), bucket_size=7
-      )
+      quantizer = weights(bits, granularity, targets.channel_axes(layer, point), bucket_size=7)
       quantizer.build(kernel.shape)
       quantizer.fit(kernel)
       placements.append(Placement(path, point, quantizer))
@@ -142,7 +149,7 @@ def quantized(model, bits=8, activation_bits=8, granularity='channel', masks=())
       Placement(
         tensor.path,
         tensor.point,
-        ActivationQuantizer(activation_bits, nonnegative=tensor.nonnegative),
+        activations(activation_bits, nonnegative=tensor.nonnegative),
       )
       for tensor in quantized_tensors(graph)
     ]

@@ -1,7 +1,8 @@
 """What every algorithm must do. An algorithm that `discover` finds is tested by existing.
 
 It brings `Config.neutral()`, the configuration that changes nothing. An entry in BUSY makes it work
-at more steps than the first; without one it runs with its defaults.
+at more steps than the first; without one it runs with its defaults. An entry '<algorithm>-<words>'
+is the same algorithm again in another configuration.
 """
 
 import dataclasses
@@ -35,15 +36,29 @@ BUSY = {
   'magnitude': {'ratio': 0.6, 'begin_step': 3, 'end_step': 33, 'update_every': 4},
   'non-uniform': {'weight_bits': 3, 'activation_bits': 6, 'refit_every': 7, 'momentum': 0.9},
   'uniform': {'weight_bits': 3, 'activation_bits': 6, 'scale_every': 7, 'momentum': 0.9},
+  'uniform-learned': {
+    'weight_bits': 3,
+    'activation_bits': 6,
+    'weight_range': 'learned',
+    'activation_range': 'learned',
+  },
+  'uniform-dorefa-pact': {
+    'weight_bits': 3,
+    'activation_bits': 6,
+    'weight_range': 'dorefa',
+    'activation_range': 'pact',
+    'momentum': 0.9,
+  },
 }
 STEPS = 40
 
 everywhere = pytest.mark.parametrize('toy', MODELS)
 each_algorithm = pytest.mark.parametrize('name', ALGORITHMS)
+each_configuration = pytest.mark.parametrize('name', sorted({*ALGORITHMS, *BUSY}))
 
 
 def entries(name):
-  return [{'algorithm': name, **BUSY.get(name, {})}]
+  return [{'algorithm': name.partition('-')[0], **BUSY.get(name, {})}]
 
 
 def fit(model, stack, begin, end, callback_step=None):
@@ -91,7 +106,7 @@ def test_the_neutral_configuration_changes_nothing(name, toy):
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
-@each_algorithm
+@each_configuration
 def test_the_busy_configuration_changes_something(name):
   """Or the rest of the battery would test an empty overlay."""
   model, _ = trained(name, 'functional')
@@ -99,7 +114,7 @@ def test_the_busy_configuration_changes_something(name):
 
 
 @everywhere
-@each_algorithm
+@each_configuration
 def test_shapes_stay(name, toy):
   model, _ = trained(name, toy)
   assert model(images(5)).shape == model.source(images(5)).shape == (5, 4)
@@ -110,7 +125,7 @@ def test_shapes_stay(name, toy):
 
 
 @everywhere
-@each_algorithm
+@each_configuration
 def test_save_and_load_are_equal(name, toy, tmp_path):
   model, stack = trained(name, toy)
   model.save(tmp_path / 'model.keras')
@@ -125,7 +140,7 @@ def test_save_and_load_are_equal(name, toy, tmp_path):
 
 
 @pytest.mark.parametrize('toy', ['nested'])
-@each_algorithm
+@each_configuration
 def test_twenty_and_twenty_steps_are_forty_bit_for_bit(name, toy, deterministic):
   whole, stack = compressed(name, toy)
   fit(whole, stack, 0, STEPS)
@@ -143,7 +158,7 @@ def test_twenty_and_twenty_steps_are_forty_bit_for_bit(name, toy, deterministic)
     np.testing.assert_array_equal(got, expected, err_msg=expected.path)
 
 
-@pytest.mark.parametrize('name', sorted(BUSY))
+@pytest.mark.parametrize('name', sorted({*ALGORITHMS} & {*BUSY}))
 def test_forgetting_the_step_is_noticed(name):
   """The test above is sharp: a resumed run that begins at step 0 again differs."""
   whole, stack = compressed(name, 'functional')
@@ -157,7 +172,7 @@ def test_forgetting_the_step_is_noticed(name):
 
 
 @everywhere
-@each_algorithm
+@each_configuration
 def test_strip_leaves_stock_layers_that_compute_the_same(name, toy):
   """Up to activation quantizers; fused and stock batch norm differ by rounding, 1e-5."""
   model, _ = trained(name, toy)
@@ -174,7 +189,7 @@ def test_strip_leaves_stock_layers_that_compute_the_same(name, toy):
 
 
 @everywhere
-@each_algorithm
+@each_configuration
 def test_statistics_weights_and_outputs_are_finite(name, toy):
   model, stack = trained(name, toy)
   assert all(
@@ -185,7 +200,7 @@ def test_statistics_weights_and_outputs_are_finite(name, toy):
   assert stack.stage(STEPS) is pocketsize.Stage.FULL
 
 
-@each_algorithm
+@each_configuration
 def test_the_exported_file_agrees(name, tmp_path):
   """Float formats hold the deployed kernels, and activations that are operations: 1e-4.
 
@@ -206,7 +221,7 @@ def test_the_exported_file_agrees(name, tmp_path):
       assert np.abs(got - expected).max() < 0.1 * np.ptp(expected)
 
 
-@each_algorithm
+@each_configuration
 def test_an_update_is_pure_in_the_step_and_the_weights(name):
   """Twice the same step gives what once gives."""
   model, stack = compressed(name, 'functional')
@@ -218,7 +233,7 @@ def test_an_update_is_pure_in_the_step_and_the_weights(name):
       np.testing.assert_array_equal(got, expected)
 
 
-@each_algorithm
+@each_configuration
 def test_a_plan_is_the_same_each_time(name):
   graph = pocketsize.Graph(MODELS['shared']())
   stack = stack_from(entries(name))

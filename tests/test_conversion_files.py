@@ -18,6 +18,8 @@ from pocketsize.conversion.kernels import layout
 from pocketsize.conversion.tflite_graph import TfliteGraph
 from pocketsize.graph import Graph
 from pocketsize.instrument import instrument, strip
+from pocketsize.quantization.dorefa import Dorefa
+from pocketsize.quantization.learned import LearnedRange, LearnedScale
 from pocketsize.transform import Placement, Transform
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -66,8 +68,9 @@ def trained_codes(model):
   """Yields (path, codes) of the kernels, with the signs of the batch norms behind them."""
   for path, layer in model.graph.layers.items():
     for point in targets.weight_points(layer):
-      scale = np.array(model.transforms_at(path, point)[-1].scale)
-      codes = np.round(model.baked(path, point) / np.where(scale > 0, scale, 1)).astype(np.int8)
+      deployed = model.baked(path, point)
+      scale = model.transforms_at(path, point)[-1].grid(deployed).scale
+      codes = np.round(deployed / np.where(scale > 0, scale, 1)).astype(np.int8)
       node = next(node for node in model.graph.nodes if node.path == path)
       followers = model.graph.consumers(node.outputs[0])
       if followers and isinstance(followers[0].operation, keras.layers.BatchNormalization):
@@ -83,9 +86,15 @@ def trained_codes(model):
 FLOAT_OPS = {('transposed', 'onnx_qdq'): 1, ('depthwise', 'openvino_int8'): 1}
 
 
-@pytest.mark.parametrize('name', [name for name in models.BUILDERS if name != 'own_activations'])
-def test_int8_files_compute_what_keras_computes(name, tmp_path):
-  model = build(name)
+@pytest.mark.parametrize(
+  ('name', 'kinds'),
+  [
+    *((name, {}) for name in models.BUILDERS if name != 'own_activations'),
+    ('plain', {'weights': LearnedScale, 'activations': LearnedRange}),
+  ],
+)
+def test_int8_files_compute_what_keras_computes(name, kinds, tmp_path):
+  model = build(name, **kinds)
   files = export(model, tmp_path, INT8)
   expected, step = outputs(model), models.output_step(model)
   # All round biases to int32, so an output in a hundred of each layer is one step off, and steps
@@ -137,9 +146,18 @@ def test_the_same_model_gives_the_same_files(tmp_path):
 
 
 @pytest.mark.parametrize('name', models.BUILDERS)
-@pytest.mark.parametrize('bits', [8, 4])
-def test_files_hold_the_codes_of_training(name, bits, tmp_path):
-  model = build(name, bits=bits)
+@pytest.mark.parametrize(
+  ('bits', 'kinds'),
+  [
+    (8, {}),
+    (4, {}),
+    (4, {'weights': LearnedScale, 'activations': LearnedRange}),
+    (3, {'weights': Dorefa}),
+  ],
+  ids=['8', '4', '4-learned', '3-dorefa'],
+)
+def test_files_hold_the_codes_of_training(name, bits, kinds, tmp_path):
+  model = build(name, bits=bits, **kinds)
   for file in export(model, tmp_path, ('tflite_int8', 'onnx_qdq')).values():
     stored = int8_constants(file.path)
     for path, codes in trained_codes(model):

@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 
 from pocketsize.conversion import folding, kernels
+from pocketsize.quantization.asymmetric import AsymmetricWeightQuantizer
+from pocketsize.quantization.dorefa import Dorefa
 from pocketsize.quantization.quantizers import WeightQuantizer
 from pocketsize.transform import Grid, Transform
 
@@ -102,6 +104,23 @@ def test_buckets_become_int8_by_channel_and_say_so():
   deployed = np.asarray(quantizer(values))
   kernel = kernels.make_kernel('x', keras.layers.Dense(4), 'kernel', deployed, [quantizer])
   assert kernel.bits == 8 and 'groups' in kernel.note
+  assert (np.abs(kernel.values - deployed) <= kernel.scale * 0.5001).all()
+
+
+@pytest.mark.parametrize(
+  ('quantizer', 'words'),
+  [
+    (AsymmetricWeightQuantizer(4), '4-bit weights with zero points that no format has, as int8'),
+    (Dorefa(8), '8-bit weights on levels that no format has, as int8'),
+  ],
+)
+def test_levels_that_no_format_has_become_int8_by_channel_and_say_so(quantizer, words):
+  values = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+  quantizer.build(values.shape)
+  quantizer.fit(values)
+  deployed = np.asarray(quantizer(values))
+  kernel = kernels.make_kernel('x', keras.layers.Dense(4), 'kernel', deployed, [quantizer])
+  assert kernel.bits == 8 and words in kernel.note
   assert (np.abs(kernel.values - deployed) <= kernel.scale * 0.5001).all()
 
 

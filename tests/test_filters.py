@@ -102,6 +102,23 @@ def test_a_target_of_macs_is_met_closely(scope, macs):
   assert macs - 0.12 < left <= macs
 
 
+@pytest.mark.parametrize('multiple', [1, 4])
+@pytest.mark.parametrize('macs', [0.3, 0.5, 0.8])
+def test_a_budget_of_the_network_is_filled(macs, multiple):
+  channels = ChannelGraph(trunk())
+  scores = filters.scores(channels)
+  left = cost.macs_share(channels)
+  keep = filters.choose(channels, scores, macs=macs, scope='network', multiple=multiple)
+  assert left(keep) <= macs
+  for name, kept in keep.items():
+    assert kept.all() or kept.sum() % multiple == 0
+    dropped = np.argsort(np.where(kept, -np.inf, scores[name]))[::-1][: (~kept).sum()]
+    more = kept | np.isin(np.arange(len(kept)), dropped[:multiple])
+    assert kept.all() or left({**keep, name: more}) > macs
+    # The best stay.
+    assert not kept.any() or kept.all() or scores[name][kept].min() >= scores[name][~kept].max()
+
+
 def test_skipped_groups_stay_whole():
   graph = ChannelGraph(trunk())
   keep = filters.choose(graph, filters.scores(graph), ratio=0.5, skip=['stem'])

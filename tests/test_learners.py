@@ -291,6 +291,20 @@ def test_evaluation_reproduces_the_report_and_writes_nothing(tmp_path, capfd):
     ),
     ([*SPARSE, '--ws_iter_ratio_beg=0.9'], '--ws_iter_ratio_beg must not be above'),
     (['--learner=uniform', '--uql_bucket_size=64'], '--uql_bucket_size has no effect'),
+    (['--learner=uniform', '--uql_weight_range=lsq'], '--uql_weight_range must be one of fitted,'),
+    (['--learner=uniform', '--uql_range_start=max'], '--uql_range_start must be one of auto,'),
+    (
+      ['--learner=uniform', '--uql_activation_range=learned'],
+      '--uql_activation_range has no effect with --uql_activation_bits=32',
+    ),
+    (
+      ['--learner=uniform', '--uql_weight_bits=32', '--uql_weight_range=learned'],
+      '--uql_weight_range has no effect with --uql_weight_bits=32',
+    ),
+    (
+      ['--learner=uniform', '--uql_weight_range=dorefa', '--uql_range_start=mse'],
+      '--uql_range_start has no effect with',
+    ),
     (['--learner=uniform', '--uql_bucket_type=split'], '--uql_bucket_type has no effect'),
     (['--learner=non-uniform', '--nuql_weight_bits=9'], '--nuql_weight_bits must be one of 1, 2,'),
     (['--learner=non-uniform', '--nuql_bucket_size=64'], '--nuql_bucket_size has no effect'),
@@ -444,6 +458,28 @@ def test_listed_bits_of_centres_reach_the_report_and_the_kernels(tmp_path, mode)
   latent = np.array(quantized.source.get_layer('conv1').kernel)
   stood_still = np.array_equal(latent, before.get_layer('conv1').kernel)
   assert stood_still == (mode == 'cluster')
+
+
+@pytest.mark.slow
+def test_learned_scales_and_ranges_in_all_formats(tmp_path):
+  """As in the README: int8 files are off by a step of the 8-bit output, OpenVINO's by two."""
+  arguments = ['--uql_weight_range=learned', '--uql_activation_range=learned']
+  assert run(tmp_path, *UNIFORM, *arguments, '--export_formats=all') == 0
+  report = json.loads((tmp_path / 'report.json').read_text())
+  kinds = {
+    place['transform'] for place in json.loads((tmp_path / 'plan.json').read_text())['placements']
+  }
+  assert kinds == {'LearnedScale', 'LearnedRange'}
+  files = {file['format']: file for file in report['files']}
+  model = keras.models.load_model(tmp_path / 'quantized.keras', compile=False)
+  low, high = model.transforms_at('dense', 'output')[0].range()
+  step = (high - low) / 255
+  assert len(files) == 6
+  for name, file in files.items():
+    steps = {'openvino_int8': 2.01, 'tflite_int8': 1.01, 'onnx_qdq': 1.01}
+    assert file['max_abs_diff'] < (step * steps[name] if name in steps else 1e-4)
+    if name in steps:
+      assert file['float_ops'] == 0
 
 
 @pytest.mark.parametrize('name', ['quantized.keras', 'final.keras', 'float.keras'])

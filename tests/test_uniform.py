@@ -9,6 +9,9 @@ from toys import conv_net, images
 import pocketsize
 from pocketsize.errors import UserError
 from pocketsize.graph import Graph
+from pocketsize.quantization.asymmetric import AsymmetricWeightQuantizer
+from pocketsize.quantization.dorefa import Dorefa
+from pocketsize.quantization.learned import LearnedRange, LearnedScale, Pact
 from pocketsize.quantization.quantizers import ActivationQuantizer, WeightQuantizer
 from pocketsize.quantization.uniform import Uniform, UniformConfig
 from pocketsize.targets import Rule
@@ -146,6 +149,30 @@ def test_the_configuration_reaches_the_quantizers():
   assert {place.transform.momentum for place in placements if place.point == 'output'} == {0.5}
 
 
+@pytest.mark.parametrize(
+  ('weights', 'activations', 'kinds'),
+  [
+    ('fitted', 'running', {WeightQuantizer, ActivationQuantizer}),
+    ('learned', 'learned', {LearnedScale, LearnedRange}),
+    ('learned_log2', 'learned_symmetric', {LearnedScale, LearnedRange}),
+    ('dorefa', 'pact', {Dorefa, Pact, ActivationQuantizer}),
+    ('asymmetric', 'running', {AsymmetricWeightQuantizer, ActivationQuantizer}),
+  ],
+)
+def test_each_kind_of_range_has_its_quantizer(weights, activations, kinds):
+  """PACT takes what a ReLU writes."""
+  config = UniformConfig(weight_range=weights, activation_range=activations)
+  placements = Uniform([Rule(config)]).plan(Graph(conv_net()))
+  assert {type(place.transform) for place in placements} == kinds
+  for place in placements:
+    transform = place.transform
+    assert getattr(transform, 'log2', weights == 'learned_log2') == (weights == 'learned_log2')
+    if isinstance(transform, LearnedRange | ActivationQuantizer):
+      assert transform.nonnegative == place.path.startswith('relu')
+      assert isinstance(transform, Pact) == (activations == 'pact' and transform.nonnegative)
+      assert transform.symmetric == (activations == 'learned_symmetric')
+
+
 def test_scales_are_fitted_every_so_many_steps_only():
   model, stack = pocketsize.compress(
     conv_net(), [{'algorithm': 'uniform', 'activation_bits': 32, 'scale_every': 3}]
@@ -208,6 +235,11 @@ def test_sixteen_bits_compute_nearly_the_same():
     {'bucket_size': 0},
     {'scale_every': 0},
     {'momentum': 1.0},
+    {'weight_range': 'trained'},
+    {'activation_range': 'trained'},
+    {'range_start': 'minmax'},
+    {'pact_decay': -1.0},
+    {'activation_range': 'learned_symmetric', 'activation_bits': 1},
   ],
 )
 def test_nonsense_is_refused(bad):

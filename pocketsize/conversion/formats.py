@@ -11,6 +11,7 @@ from pocketsize.conversion.lowering import Lowered
 from pocketsize.errors import UserError
 from pocketsize.files import atomic_path
 from pocketsize.instrument import ACTIVATION_POINTS, Instrumented, instrument, strip
+from pocketsize.quantization.range_quantizer import RangeQuantizer
 
 
 class ExportedFile(NamedTuple):
@@ -69,7 +70,8 @@ def float_version(model):
     [
       placement
       for placement in model.placements
-      if placement.point in ACTIVATION_POINTS and not hasattr(placement.transform, 'range')
+      if placement.point in ACTIVATION_POINTS
+      and not isinstance(placement.transform, RangeQuantizer)
     ],
   )
 

@@ -21,6 +21,7 @@ from pocketsize.instrument import (
   with_preactivation,
 )
 from pocketsize.quantization.placement import MOVING
+from pocketsize.quantization.range_quantizer import RangeQuantizer
 
 # What leads from a converter's error back to the layer: the scope of its operations.
 SCOPE = 'layer_'
@@ -125,7 +126,7 @@ class Lowered:
     """Returns {activation quantizer: (low, high), or None where it stays float}."""
     ranges = {}
     for place in self._placements if self._quantized else ():
-      if not hasattr(place.transform, 'range'):
+      if not isinstance(place.transform, RangeQuantizer):
         continue
       bits = place.transform.bits
       if bits != 8:
@@ -285,7 +286,7 @@ class Lowered:
     """Applies an activation's transform: quantizers by the converters' own operation."""
     if transform in self._operations:
       return self._operations[transform](x)
-    if not hasattr(transform, 'range'):
+    if not isinstance(transform, RangeQuantizer):
       return transform(x, training=False)
     if not self._ranges.get(transform):
       return x

@@ -115,7 +115,8 @@ def choose(
     cost: instead of both, a function from such a dict to a share of what the whole model costs. It
       may be noisy: little more may be dropped than had to be, never too little.
     budget: of `cost`, the share to keep at most, in (0, 1].
-    scope: 'group' drops the same share of every group, 'network' the least of all channels.
+    scope: 'group' drops the same share of every group, 'network' the least of all channels; what
+      the last step left of a budget is then filled with the best channels that fit.
     multiple: every group keeps a multiple of it, rounded up with scope 'group' and to the nearest
       with 'network', but at least one; groups that are smaller stay whole.
     skip: names of groups that stay whole.
@@ -137,7 +138,8 @@ def choose(
     cost, budget = macs_share(channels), macs
   if ratio is None:
     ratio = _ratio_within(channels, scores, cost, budget, name, scope, multiple, skip)
-  return _chooser(channels, scores, scope, multiple, skip)(ratio)
+  keep = _chooser(channels, scores, scope, multiple, skip)(ratio)
+  return keep if cost is None or scope == 'group' else _filled(scores, keep, cost, budget, multiple)
 
 
 def ratio_for(channels, scores, macs, *, scope='group', multiple=1, skip=()):
@@ -195,6 +197,24 @@ def _chooser(channels, scores, scope, multiple, skip):
   pruned = {name: values for name, values in scores.items() if name not in skip}
   count = _counts(pruned, scope, multiple)
   return lambda ratio: without_empty_tensors(channels, scores, _kept(scores, count(ratio)))
+
+
+def _filled(scores, keep, cost, budget, multiple):
+  """Returns `keep` with more channels, the best first, until no group has room for another one.
+
+  A step of the ratio may drop much: one channel of a residual trunk is read by many layers.
+  """
+  waiting = {name for name, kept in keep.items() if not kept.all()}
+  while waiting:
+    name = max(sorted(waiting), key=lambda name: scores[name][~keep[name]].max())
+    dropped = np.flatnonzero(~keep[name])
+    best = dropped[np.argsort(-scores[name][dropped], kind='stable')][:multiple]
+    more = {**keep, name: keep[name] | np.isin(np.arange(len(keep[name])), best)}
+    fits = cost(more) <= budget
+    keep = more if fits else keep
+    if not fits or more[name].all():
+      waiting.remove(name)
+  return keep
 
 
 def remaining_macs(channels, keep):

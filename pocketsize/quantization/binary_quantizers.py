@@ -12,8 +12,9 @@ import numpy as np
 import tensorflow as tf
 
 from pocketsize import ste
+from pocketsize.quantization.calibrated import Calibrated
 from pocketsize.quantization.kernel_quantizer import KernelQuantizer
-from pocketsize.quantization.quantizers import LEAST_WIDTH
+from pocketsize.quantization.range_quantizer import LEAST_WIDTH
 from pocketsize.transform import Codes, Grid, Transform
 
 # Which weights share the scale mean |w|: XNOR-Net, equation 6, and DoReFa-Net, section 2.3.
@@ -143,7 +144,7 @@ class BinaryKernel(Switched, KernelQuantizer):
 
 
 @keras.saving.register_keras_serializable(package='pocketsize')
-class BinaryActivation(Switched):
+class BinaryActivation(Switched, Calibrated):
   """Binary activations, 0 and s, with trained scale and thresholds (see `binary_activation`).
 
   s = start * exp(p) and t = sigmoid(p') of each channel, with p = p' = 0 at first. `start` is the
@@ -183,9 +184,8 @@ class BinaryActivation(Switched):
     if not is_on and self.has_range:
       self.start.assign(0.0)
 
-  def measure(self, x):
-    """Returns what `set_range` takes the mean of over batches."""
-    return (float(top_quantile(x)),)
+  def initialiser(self):
+    return _MeanTopQuantile()
 
   def set_range(self, quantile):
     """Sets the scale with which training begins."""
@@ -216,3 +216,16 @@ class BinaryActivation(Switched):
 
   def get_config(self):
     return {**super().get_config(), 'channel_axis': self.channel_axis}
+
+
+class _MeanTopQuantile:
+  """The mean of the batches' `top_quantile`s."""
+
+  def __init__(self):
+    self._quantiles = []
+
+  def update(self, batch):
+    self._quantiles.append(float(top_quantile(tf.constant(batch))))
+
+  def result(self):
+    return (float(np.mean(self._quantiles)),)

@@ -24,10 +24,13 @@ class KernelQuantizer(Transform, abc.ABC):
   Attributes:
     groups: the `Groups` of the kernel, once built.
     without_grid: what files say of a kernel for which `grid` is None.
+    refits: whether `fit` is for now and then while training; else it is for the start, and what it
+      sets is trained from then on.
   """
 
   order = 20
   without_grid = 'in groups that no format has'
+  refits = True
 
   def __init__(self, bits=8, granularity='channel', channel_axes=(-1,), bucket_size=256, **kwargs):
     super().__init__(**kwargs)
@@ -49,8 +52,24 @@ class KernelQuantizer(Transform, abc.ABC):
   def fit(self, kernel):
     """Sets what it knows from `kernel`, an array of the kernel's shape."""
 
+  @property
+  def is_fitted(self):
+    """Whether `fit` was called; it matters only where it is not called again."""
+    return True
+
+  def by_rows(self, kernel, function):
+    """Returns `function` of a kernel that broadcasts against one number per row.
+
+    Args:
+      kernel: tensor of the kernel's shape.
+      function: sees it as it is, or as [buckets, weights], and keeps the shape.
+    """
+    if self.groups.broadcast is not None:
+      return function(kernel)
+    return self.groups.join(function(self.groups.split(kernel)))
+
   def per_row(self, variable):
-    """Returns a variable of one number per row as a [rows] float32 array."""
+    """Returns a variable or tensor of one number per row as a [rows] float32 array."""
     return np.ravel(keras.ops.convert_to_numpy(variable)).astype(np.float32)
 
   def get_config(self):

@@ -82,11 +82,11 @@ class Quantization(Compressor):
 
   Attributes:
     Config: a `QuantizationConfig`.
-    Quantizer: the `KernelQuantizer` that `kernel_quantizer` makes.
+    Quantizer: the `KernelQuantizer` that `kernel_quantizer` makes, or a tuple of them.
     configs: {path: configuration}, of the ends with their own bits; filled by `plan`.
   """
 
-  Quantizer: type
+  Quantizer: type | tuple
 
   @abc.abstractmethod
   def kernel_quantizer(self, config, channel_axes):
@@ -96,6 +96,16 @@ class Quantization(Compressor):
       config: of its layer.
       channel_axes: axes of the kernel that count the output channels.
     """
+
+  def activation_quantizer(self, config, bits, nonnegative):
+    """Returns the quantizer of a tensor: running averages, unless an algorithm has others.
+
+    Args:
+      config: of the first layer that reads it.
+      bits: 1 to 16.
+      nonnegative: a ReLU writes it.
+    """
+    return ActivationQuantizer(bits, config.momentum, nonnegative)
 
   def plan(self, graph):
     configs, self.skipped = targets.resolve(graph, self.rules)
@@ -121,14 +131,9 @@ class Quantization(Compressor):
       if tensor.reaches_output and writer and writer.activation_bits != FLOAT_BITS:
         bits.append(max(END_BITS, writer.activation_bits))
       if bits:
-        momentum = (readers or [writer])[0].momentum
-        placements.append(
-          Placement(
-            tensor.path,
-            tensor.point,
-            ActivationQuantizer(max(bits), momentum, nonnegative=tensor.nonnegative),
-          )
-        )
+        config = (readers or [writer])[0]
+        quantizer = self.activation_quantizer(config, max(bits), tensor.nonnegative)
+        placements.append(Placement(tensor.path, tensor.point, quantizer))
     return placements
 
   def _writer(self, graph, path):

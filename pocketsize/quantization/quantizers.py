@@ -4,21 +4,23 @@ Weights: symmetric, narrow range (Jacob et al. 2018, arXiv:1712.05877, section 3
 affine with an integer zero point, ranges as running averages (section 3).
 """
 
+import abc
+
 import keras
 import numpy as np
 import tensorflow as tf
 
 from pocketsize import ste
+from pocketsize.quantization import ranges
 from pocketsize.quantization.kernel_quantizer import KernelQuantizer
-from pocketsize.transform import Codes, Grid, Transform
+from pocketsize.quantization.range_quantizer import LEAST_WIDTH, RangeQuantizer
+from pocketsize.quantization.row_ranges import SHARES, affine_grid
+from pocketsize.transform import Codes, Grid
 
 BITS = range(1, 17)
-# The least width of a range: where data are all zero there is a range nevertheless.
-LEAST_WIDTH = 1e-6
 # Up to this many bits a kernel's range is searched for the least squared error: with few levels,
 # cutting the tails costs less than a coarse step. Above it the range is the largest magnitude.
 SEARCH_BITS = 4
-_SEARCH_SHARES = np.linspace(0.3, 1.0, 29)
 
 
 def highest_code(bits):
@@ -43,15 +45,20 @@ def quantize_symmetric(x, scale, bits):
   return tf.clip_by_value(tf.round(tf.math.divide_no_nan(x, scale)), -high, high) * scale
 
 
-def weight_scale(groups, bits):
+def weight_scale(groups, bits, start=ranges.AUTO):
   """Returns the scale of each group of weights.
 
   One bit: the mean magnitude, which minimizes the squared error (Rastegari et al. 2016, equation
-    6). Up to 4 bits: the range, 0.3 to 1.0 of the largest magnitude, with the least squared error.
-  More: the largest magnitude over the highest code.
+    6), whatever `start` is.
+  Up to 4 bits, and with 'mse': the range, 0.3 to 1.0 of the largest magnitude, with the least
+    squared error.
+  Else: the larger end of the range that `start` finds over the highest code; with 'auto' that is
+    the largest magnitude.
 
   Args:
     groups: [groups, weights] float array.
+    bits: 1 to 16.
+    start: one of `ranges.NAMES`.
 
   Returns:
     [groups] float32 array.
@@ -61,11 +68,17 @@ def weight_scale(groups, bits):
   if bits == 1:
     return magnitude.mean(axis=1).astype(np.float32)
   high = highest_code(bits)
+  if start == 'mse' or (start == ranges.AUTO and bits <= SEARCH_BITS):
+    return _searched_scale(magnitude, high)
+  ends = ranges.initialiser(start, bits, symmetric=True).of_rows(groups)
+  return (np.maximum(-ends[0], ends[1]) / high).astype(np.float32)
+
+
+def _searched_scale(magnitude, high):
+  """Returns the [groups] scales with the least squared error of magnitudes, [groups, weights]."""
   full = magnitude.max(axis=1) / high
-  if bits > SEARCH_BITS:
-    return full.astype(np.float32)
   best, least = full, np.full(len(full), np.inf)
-  for share in _SEARCH_SHARES:
+  for share in SHARES:
     scale = full * share
     divisor = np.where(scale > 0, scale, 1.0)[:, None]
     error = (
@@ -84,13 +97,8 @@ def nudged_range(low, high, bits):
     low, high: floats, low <= 0 <= high, low < high.
     bits: 1 to 16.
   """
-  levels = 2**bits - 1
-  low, high = np.float32(low), np.float32(high)
-  if bits == 1:
-    return (0.0, float(high)) if high >= -low else (float(low), 0.0)
-  scale = (high - low) / np.float32(levels)
-  zero_point = np.clip(np.floor(np.float64(-low / scale) + 0.5), 0, levels).astype(np.float32)
-  return float(-zero_point * scale), float((np.float32(levels) - zero_point) * scale)
+  scale, zero_point = affine_grid(low, high, bits)
+  return float(-zero_point * scale), float((np.float32(2**bits - 1) - zero_point) * scale)
 
 
 def quantize_affine(x, low, high, bits):
@@ -114,8 +122,47 @@ def _quantize_by_clipping(x, low, high, bits):
   return ste.replace(clipped, tf.stop_gradient(value))
 
 
+class SymmetricQuantizer(KernelQuantizer):
+  """A quantizer of a kernel on levels that are whole multiples of a scale, see `WeightQuantizer`.
+
+  Args:
+    start: how the scale is found in the kernel, one of `ranges.NAMES`.
+    others: as for `KernelQuantizer`.
+  """
+
+  def __init__(self, *args, start=ranges.AUTO, **kwargs):
+    super().__init__(*args, **kwargs)
+    self.start = start
+
+  @abc.abstractmethod
+  def scales(self):
+    """Returns the rows' scales, a tensor that broadcasts against the kernel, or [buckets, 1]."""
+
+  def fitted_scales(self, kernel):
+    """Returns the scales that fit `kernel`, an array of the shape of `scales`."""
+    found = self.groups.fit(kernel, lambda rows: weight_scale(rows, self.bits, self.start))
+    return found.reshape(self.groups.broadcast or (self.groups.count, 1))
+
+  def grid(self, kernel):
+    if self.groups.broadcast is None:
+      return None
+    return Grid(keras.ops.convert_to_numpy(self.scales()), self.bits)
+
+  def codes(self, kernel):
+    scale = self.per_row(self.scales())
+    high = 0.5 if self.bits == 1 else highest_code(self.bits)
+    step = 2.0 * scale if self.bits == 1 else scale
+    rows = self.groups.split(np.asarray(kernel, np.float64))
+    divisor = np.where(step > 0.0, step, 1.0)[:, None]
+    codes = self.groups.join(np.round(rows / divisor + high).astype(np.int32))
+    return Codes(codes, self.bits, self.groups, step, np.full_like(step, high))
+
+  def get_config(self):
+    return {**super().get_config(), 'start': self.start}
+
+
 @keras.saving.register_keras_serializable(package='pocketsize')
-class WeightQuantizer(KernelQuantizer):
+class WeightQuantizer(SymmetricQuantizer):
   """Symmetric quantizer of a kernel; straight-through gradient.
 
   The scale is set from the kernel by `fit` (see `weight_scale`): between two fits the grid stands
@@ -127,35 +174,20 @@ class WeightQuantizer(KernelQuantizer):
     self.scale = self.add_weight(name='scale', shape=shape, initializer='zeros', trainable=False)
 
   def fit(self, kernel):
-    scales = self.groups.fit(kernel, lambda rows: weight_scale(rows, self.bits))
-    self.scale.assign(scales.reshape(self.scale.shape))
+    self.scale.assign(self.fitted_scales(kernel))
+
+  def scales(self):
+    return self.scale.value
 
   def call(self, kernel, training=None):
-    if self.groups.broadcast is not None:
-      values = quantize_symmetric(kernel, self.scale, self.bits)
-    else:
-      values = self.groups.join(
-        quantize_symmetric(self.groups.split(kernel), self.scale, self.bits)
-      )
-    return ste.replace(kernel, values)
-
-  def grid(self, kernel):
-    if self.groups.broadcast is None:
-      return None
-    return Grid(keras.ops.convert_to_numpy(self.scale), self.bits)
-
-  def codes(self, kernel):
-    scale = self.per_row(self.scale)
-    high = 0.5 if self.bits == 1 else highest_code(self.bits)
-    step = 2.0 * scale if self.bits == 1 else scale
-    rows = self.groups.split(np.asarray(kernel, np.float64))
-    divisor = np.where(step > 0.0, step, 1.0)[:, None]
-    codes = self.groups.join(np.round(rows / divisor + high).astype(np.int32))
-    return Codes(codes, self.bits, self.groups, step, np.full_like(step, high))
+    return ste.replace(
+      kernel,
+      self.by_rows(kernel, lambda values: quantize_symmetric(values, self.scale, self.bits)),
+    )
 
 
 @keras.saving.register_keras_serializable(package='pocketsize')
-class ActivationQuantizer(Transform):
+class ActivationQuantizer(RangeQuantizer):
   """Affine quantizer of an activation over a running average of its range.
 
   The first batch that it sees sets the range, later training batches move it by 1 - momentum.
@@ -163,16 +195,12 @@ class ActivationQuantizer(Transform):
   Args:
     bits: 1 to 16.
     momentum: of the running average, in [0, 1).
-    nonnegative: the input is never negative (it comes from a ReLU), so only its maximum is taken.
+    nonnegative, start: as for `RangeQuantizer`.
   """
 
-  order = 20
-
-  def __init__(self, bits=8, momentum=0.99, nonnegative=False, **kwargs):
-    super().__init__(**kwargs)
-    self.bits = bits
+  def __init__(self, bits=8, momentum=0.99, nonnegative=False, start=ranges.AUTO, **kwargs):
+    super().__init__(bits, nonnegative, start, **kwargs)
     self.momentum = momentum
-    self.nonnegative = nonnegative
 
   def build(self, shape):
     self.low = self.add_weight(name='low', shape=(), initializer='zeros', trainable=False)
@@ -181,46 +209,30 @@ class ActivationQuantizer(Transform):
 
   @property
   def has_range(self):
-    """Whether it has seen data."""
     return float(self.high) > float(self.low)
 
   def range(self):
-    """Returns (low, high), nudged: real zero is an integer code."""
     return nudged_range(float(self.low), float(self.high), self.bits)
 
-  def measure(self, x):
-    """Returns what `set_range` takes the mean of over batches: the extremes of x."""
-    return float(keras.ops.min(x)), float(keras.ops.max(x))
-
   def set_range(self, low, high):
-    """Sets the range, which always contains 0."""
-    low = min(low, 0.0)
+    low = 0.0 if self.nonnegative else low
     self.low.assign(low)
-    self.high.assign(max(high, 0.0, low + LEAST_WIDTH))
+    self.high.assign(max(high, low + LEAST_WIDTH))
 
   def observe(self, x):
-    """Moves the range toward that of batch x; returns the range to use for it."""
     x = tf.stop_gradient(x)
     unseen = tf.equal(self.low.value, self.high.value)
     share = tf.where(unseen, 1.0, 1.0 - self.momentum)
-    least = 0.0 if self.nonnegative else tf.minimum(tf.reduce_min(x), 0.0)
-    most = tf.maximum(tf.maximum(tf.reduce_max(x), 0.0), least + LEAST_WIDTH)
+    least, most = self.ends(x)
     high = self.high + share * (most - self.high)
     self.high.assign(high)
-    if self.nonnegative:
-      return self.low.value, high
-    low = self.low + share * (least - self.low)
-    self.low.assign(low)
-    return low, high
+    if not self.nonnegative:
+      self.low.assign(self.low + share * (least - self.low))
 
   def call(self, x, training=None):
-    low, high = self.observe(x) if training else (self.low.value, self.high.value)
-    return quantize_affine(x, low, high, self.bits)
+    if training:
+      self.observe(x)
+    return quantize_affine(x, self.low.value, self.high.value, self.bits)
 
   def get_config(self):
-    return {
-      **super().get_config(),
-      'bits': self.bits,
-      'momentum': self.momentum,
-      'nonnegative': self.nonnegative,
-    }
+    return {**super().get_config(), 'momentum': self.momentum}

@@ -1,16 +1,24 @@
 """Quantization-aware training with uniform levels (Jacob et al. 2018, arXiv:1712.05877).
 
-Weights symmetric and narrow, activations affine over running ranges; where, says `placement`. Batch
-norm stays as it is while training: folding it into a kernel later multiplies each output channel's
-scale and leaves the integer codes as they are.
+Weights symmetric and narrow, activations affine; where, says `placement`. Scales are fitted to the
+kernels and ranges are running averages, or both are trained (`learned`). Batch norm stays as it is
+while training: folding it into a kernel later multiplies each output channel's scale and leaves the
+integer codes as they are.
 """
 
 import dataclasses
 
 from pocketsize.compressor import register
 from pocketsize.errors import UserError
+from pocketsize.quantization import ranges
+from pocketsize.quantization.asymmetric import AsymmetricWeightQuantizer
+from pocketsize.quantization.dorefa import Dorefa
+from pocketsize.quantization.learned import LearnedRange, LearnedScale, Pact
 from pocketsize.quantization.placing import Quantization, QuantizationConfig
-from pocketsize.quantization.quantizers import WeightQuantizer
+from pocketsize.quantization.quantizers import ActivationQuantizer, WeightQuantizer
+
+WEIGHT_RANGES = ('fitted', 'learned', 'learned_log2', 'dorefa', 'asymmetric')
+ACTIVATION_RANGES = ('running', 'learned', 'learned_symmetric', 'pact')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,13 +28,41 @@ class UniformConfig(QuantizationConfig):
   Attributes:
     weight_bits: 1 to 16; 32 leaves the weights float.
     granularity: weights share a scale by 'tensor', output 'channel' or 'bucket'.
-    scale_every: steps between two fits of the weights' scales.
+    scale_every: steps between two fits of the weights' scales, where they are not trained.
+    weight_range: 'fitted' scales; 'learned' scales (LSQ), by their log2 with 'learned_log2' (TQT);
+      'dorefa', through tanh; 'asymmetric', fitted with a zero point.
+    activation_range: 'running' averages; 'learned' ranges, 'learned_symmetric' ones; 'pact', a
+      learned end with a penalty for what a ReLU writes, running averages for the rest.
+    range_start: how ranges are found in the calibration batches, and scales in the kernels:
+      'min_max', 'mean_min_max', 'mixed_min_max', 'threesigma', 'percentile', 'mean_percentile',
+      'mse'; 'auto': the mean of the batches' extremes; the largest magnitude of a row, or the least
+      squared error up to 4 bits.
+    pact_decay: factor w of the penalty w/2 alpha^2 over the ends alpha of 'pact', not negative.
   """
 
   scale_every: int = 50
+  weight_range: str = 'fitted'
+  activation_range: str = 'running'
+  range_start: str = ranges.AUTO
+  pact_decay: float = 1e-4
 
   def __post_init__(self):
     super().__post_init__()
+    for name, legal in (
+      ('weight_range', WEIGHT_RANGES),
+      ('activation_range', ACTIVATION_RANGES),
+      ('range_start', ranges.NAMES),
+    ):
+      if getattr(self, name) not in legal:
+        raise UserError(
+          f'`{name}` must be one of {", ".join(legal)}. Received: {getattr(self, name)!r}.'
+        )
+    if self.activation_range == 'learned_symmetric' and self.activation_bits == 1:
+      raise UserError(
+        "`activation_range` 'learned_symmetric' needs `activation_bits` of at least 2. Received: 1."
+      )
+    if not self.pact_decay >= 0.0:
+      raise UserError(f'`pact_decay` must be at least 0. Received: {self.pact_decay}.')
     if self.scale_every < 1:
       raise UserError(f'`scale_every` must be at least 1. Received: {self.scale_every}.')
 
@@ -36,11 +72,36 @@ class Uniform(Quantization):
   """Fake quantization of weights and of the activations that integer kernels write."""
 
   Config = UniformConfig
-  Quantizer = WeightQuantizer
+  Quantizer = (WeightQuantizer, LearnedScale, Dorefa, AsymmetricWeightQuantizer)
 
   def kernel_quantizer(self, config, channel_axes):
-    return WeightQuantizer(config.weight_bits, config.granularity, channel_axes, config.bucket_size)
+    arguments = (config.weight_bits, config.granularity, channel_axes, config.bucket_size)
+    if config.weight_range == 'dorefa':
+      return Dorefa(*arguments)
+    if config.weight_range == 'asymmetric':
+      return AsymmetricWeightQuantizer(*arguments, start=config.range_start)
+    if config.weight_range == 'fitted':
+      return WeightQuantizer(*arguments, start=config.range_start)
+    log2 = config.weight_range == 'learned_log2'
+    return LearnedScale(*arguments, start=config.range_start, log2=log2)
+
+  def activation_quantizer(self, config, bits, nonnegative):
+    start, kind = config.range_start, config.activation_range
+    if kind == 'pact' and nonnegative:
+      return Pact(bits, config.pact_decay, start=start)
+    if kind in ('running', 'pact'):
+      return ActivationQuantizer(bits, config.momentum, nonnegative, start=start)
+    symmetric = kind == 'learned_symmetric'
+    return LearnedRange(bits, nonnegative, start=start, symmetric=symmetric)
+
+  def bind(self, model):
+    super().bind(model)
+    self._pacts = [transform for transform in model.transforms if isinstance(transform, Pact)]
 
   def update(self, step):
     for quantizer, kernel in self.due(lambda config: step % config.scale_every == 0):
-      quantizer.fit(kernel)
+      if quantizer.refits or not quantizer.is_fitted:
+        quantizer.fit(kernel)
+
+  def loss(self, x, y, outputs):
+    return sum(transform.penalty() for transform in self._pacts)
