@@ -173,7 +173,7 @@ def test_a_run_stopped_in_each_stage_ends_with_the_same_bits(tmp_path, finished,
     (['--bin_mode=xor'], '--bin_mode must be one of xnor, dorefa'),
     (['--lrn_rate_ft=0.1'], 'whose learning rate is --bin_lrn_rate. Received: --lrn_rate_ft=0.1'),
     (['--bin_skip_op_names=conv7'], "'conv7', which matches no layer"),
-    (['--bin_skip_op_names=conv1,conv2'], 'has no layers to binarize: conv0: first layer; conv1'),
+    (['--bin_skip_op_names=conv1,conv2'], 'no layers to binarize: conv1: excluded; conv2'),
   ],
 )
 def test_a_mistake_of_the_user_is_one_sentence(tmp_path, capfd, arguments, sentence):

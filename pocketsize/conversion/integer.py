@@ -40,8 +40,8 @@ def depthwise(x, kernel, offset=None, strides=(1, 1)):
 def call_subsampled(layer, x, call):
   """Returns call(x) of a layer; a 1x1 convolution with strides gets what it reads, and no strides.
 
-  OpenVINO 2026 loses the strides of one with an int8 kernel where its input is computed by
-  operations that it moves strides through.
+  OpenVINO 2026.4 computes one with an int8 kernel as if it had none, where its input is a binary
+  activation: wrong numbers, or shapes that do not fit.
 
   Args:
     layer: the layer that `call` calls.
