@@ -83,17 +83,25 @@ def undisturbed(tmp_path_factory):
   return get
 
 
+DISTILLED = [*SPARSE, '--enbl_dst', '--loss_w_dst_features=1', '--dst_features=ReLU']
+
+
+# The float model is trained alike by all of them.
 @pytest.mark.parametrize(
-  'phase, step', [('float', 3), ('float', 16), ('compressed', 1), ('compressed', 15)]
-)
-@pytest.mark.parametrize(
-  'learner',
+  'learner, phase, step',
   [
-    UNIFORM,
-    NON_UNIFORM,
-    [*SPARSE, '--enbl_dst', '--loss_w_dst_features=1', '--dst_features=ReLU'],
+    pytest.param(UNIFORM, 'float', 3, id='float-3'),
+    pytest.param(UNIFORM, 'float', 16, id='float-16'),
+    *(
+      pytest.param(learner, 'compressed', step, id=f'{name}-{step}')
+      for name, learner in (
+        ('uniform', UNIFORM),
+        ('non-uniform', NON_UNIFORM),
+        ('sparse-distilled', DISTILLED),
+      )
+      for step in (1, 15)
+    ),
   ],
-  ids=['uniform', 'non-uniform', 'sparse-distilled'],
 )
 def test_a_run_killed_at_any_step_ends_with_the_same_bits(
   tmp_path, kill_at, undisturbed, learner, phase, step
