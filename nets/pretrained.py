@@ -56,7 +56,8 @@ def load_pruned(model, path):
   """Returns the model in a `.keras` file if it is `model` with fewer channels, else None.
 
   It then has inputs and outputs of the same shapes, and every layer with weights is one of
-  `model`'s, with as many axes and no more channels.
+  `model`'s, with as many axes and no more channels. A layer may have got a bias, which holds what
+  dropped channels of constant value gave it.
   """
   path = pathlib.Path(path).expanduser()
   if path.suffix != '.keras' or not path.is_file():
@@ -67,13 +68,19 @@ def load_pruned(model, path):
   ours = {path.replace('/', '_'): layer for path, layer in Graph(model).layers.items()}
   smaller = False
   for name, layer in Graph(saved).layers.items():
-    shapes = [tuple(weight.shape) for weight in layer.weights]
     known = ours.get(name.replace('/', '_'))
+    shapes = _shapes(layer, known)
     limits = [tuple(weight.shape) for weight in known.weights] if known else []
     if shapes and not _fit(shapes, limits):
       return None
     smaller |= shapes != limits
   return saved if smaller and _ends(saved) == _ends(model) else None
+
+
+def _shapes(layer, known):
+  """The shapes of a layer's weights, without a bias that the layer it was made of has not."""
+  added = getattr(layer, 'bias', None) if getattr(known, 'bias', None) is None else None
+  return [tuple(weight.shape) for weight in layer.weights if weight is not added]
 
 
 def _fit(shapes, limits):

@@ -415,6 +415,22 @@ def test_a_part_of_the_net_is_a_pruned_model(tmp_path):
   assert pretrained.load_pruned(_net(8, 8), tmp_path / 'missing.keras') is None
 
 
+def test_a_bias_that_holds_what_dropped_channels_gave_is_no_other_net(tmp_path):
+  def whole():
+    inputs = keras.Input((8, 8, 1))
+    x = keras.layers.Conv2D(8, 3, use_bias=False, name='first')(inputs)
+    x = keras.layers.ReLU()(keras.layers.BatchNormalization(name='norm')(x))
+    x = keras.layers.Conv2D(8, 1, use_bias=False, name='second')(x)
+    x = keras.layers.GlobalAveragePooling2D()(x)
+    return prunable.randomized(keras.Model(inputs, keras.layers.Dense(10, name='dense')(x)))
+
+  smaller = shrink(whole(), {'first': np.arange(8) < 5}, keep_shift=True)
+  assert smaller.get_layer('second').bias is not None
+  smaller.save(tmp_path / 'model.keras')
+  found = pretrained.load_pruned(whole(), tmp_path / 'model.keras')
+  assert_same_bits(found.get_weights(), smaller.get_weights())
+
+
 def test_a_nested_model_that_was_shrunk_is_known_by_its_paths(tmp_path):
   model = prunable.nested()
   shrink(model, {'body/a': np.arange(8) < 5}).save(tmp_path / 'model.keras')
