@@ -23,6 +23,7 @@ from pocketsize.quantization.learned_gradients import (
   quantize_by_range,
   quantize_by_scale,
 )
+from tests.test_quantizers import groups_of
 
 GRANULARITIES = ['tensor', 'channel', 'bucket']
 
@@ -98,16 +99,6 @@ def fitted(kind, kernel, **arguments):
   quantizer.build(kernel.shape)
   quantizer.fit(kernel)
   return quantizer
-
-
-def groups_of(kernel, granularity, bucket_size):
-  numbers = np.arange(kernel.size).reshape(kernel.shape)
-  if granularity == 'tensor':
-    return [numbers.ravel()]
-  if granularity == 'channel':
-    return [numbers[..., channel].ravel() for channel in range(kernel.shape[-1])]
-  flat = numbers.ravel()
-  return [flat[start : start + bucket_size] for start in range(0, kernel.size, bucket_size)]
 
 
 @pytest.mark.parametrize('granularity', GRANULARITIES)

@@ -76,9 +76,9 @@ class _Mean(RangeInitialiser):
     self._sum += ranges.sum(axis=0)
     self._count += len(ranges)
 
+  @abc.abstractmethod
   def _ranges(self, batch):
     """Returns [ranges, 2]."""
-    raise NotImplementedError
 
   def result(self):
     low, high = self._sum / self._count
