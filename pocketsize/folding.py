@@ -50,6 +50,21 @@ def foldable(graph, separates):
   return nodes
 
 
+def followers(graph):
+  """Returns {path of a layer: path of the batch norm that folds into every call of it}.
+
+  A layer that is called several times is there if the same batch norm follows each call.
+
+  Args:
+    graph: a `Graph`.
+  """
+  pairs = foldable(graph, lambda before, after: False)
+  found = {}
+  for node in graph.nodes:
+    found.setdefault(node.path, set()).add(pairs[node].path if node in pairs else None)
+  return {path: min(after) for path, after in found.items() if len(after) == 1 and after != {None}}
+
+
 def _is_linear(layer):
   return (
     bool(targets.weight_points(layer))
