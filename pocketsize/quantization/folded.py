@@ -11,7 +11,6 @@ import numpy as np
 import tensorflow as tf
 
 from pocketsize import folding, targets
-from pocketsize.instrument import ACTIVATION_POINTS
 from pocketsize.quantization.groups import Groups
 from pocketsize.quantization.kernel_quantizer import KernelQuantizer
 from pocketsize.transform import Grid, Placement
@@ -69,14 +68,14 @@ class FoldedQuantizer(KernelQuantizer):
     return self.quantizer.is_fitted
 
   def set_factor(self, factor):
-    """Sets the factors of the output channels, [channels].
+    """Sets the factors of the output channels, a [channels] array or tensor.
 
     A factor of 0, of a channel that batch norm erases, counts as 1: whatever the kernel is there,
     nothing comes of it, and it must be able to come back.
     """
-    factor = np.asarray(factor, np.float32)
-    factor = np.where(np.abs(factor) < LEAST_FACTOR, np.float32(1.0), factor)
-    self.factor.assign(factor.reshape(self.factor.shape))
+    factor = tf.cast(factor, tf.float32)
+    factor = tf.where(tf.abs(factor) < LEAST_FACTOR, tf.ones_like(factor), factor)
+    self.factor.assign(tf.reshape(factor, self.factor.shape))
 
   def fit(self, kernel):
     self.quantizer.fit(np.asarray(kernel) * keras.ops.convert_to_numpy(self.factor))
@@ -155,18 +154,16 @@ class Factors:
       for path, _, transform in model.placements
       if isinstance(transform, FoldedQuantizer)
     ]
-    self._points = {
-      path: [place.point for place in model.placements if place.path == path]
-      for _, path in self._pairs
-    }
+    # Compiled, because it is called before every step.
+    self.update = tf.function(self._update, autograph=False)
 
-  def update(self):
-    """Sets all factors from the batch norms as deployed."""
+  def _update(self):
+    """Sets all factors from the batch norms as deployed; `update` is the same, compiled."""
     for quantizer, path in self._pairs:
-      weights = {
-        point: self._model.transformed(path, point)
-        for point in self._points[path]
-        if point not in ACTIVATION_POINTS
-      }
       layer = self._model.graph.layers[path]
-      quantizer.set_factor(folding.batch_norm_factors(layer, weights)[0])
+      variance = self._deployed(path, 'moving_variance')
+      gamma = self._deployed(path, 'gamma') if layer.scale else None
+      quantizer.set_factor(folding.batch_norm_factor(variance, layer.epsilon, gamma))
+
+  def _deployed(self, path, point):
+    return tf.cast(self._model.transformed(path, point), tf.float64)
