@@ -63,6 +63,11 @@ class UniformLearner(Learner):
       "batches' extremes; largest weight, or least squared error up to 4 bits",
       choices=NAMES,
     )
+    uql_fold_bn: bool = option(
+      False,
+      'weights are put on levels as they are with batch norm folded in; it matters where output '
+      'channels share a scale, and needs 2 bits',
+    )
 
     def __post_init__(self):
       check_options(self)
@@ -71,6 +76,7 @@ class UniformLearner(Learner):
       float_weights = self.uql_weight_bits == FLOAT_BITS and self.uql_weight_bits_list is None
       for name, has_effect, without in (
         ('uql_weight_range', not float_weights, f'--uql_weight_bits={FLOAT_BITS}'),
+        ('uql_fold_bn', not float_weights, f'--uql_weight_bits={FLOAT_BITS}'),
         (
           'uql_activation_range',
           self.uql_activation_bits != FLOAT_BITS,
@@ -86,6 +92,8 @@ class UniformLearner(Learner):
         value = getattr(self, name)
         if value != self.__dataclass_fields__[name].default and not has_effect:
           raise UserError(f'--{name} has no effect with {without}. Received: {value}.')
+      if self.uql_fold_bn and self.uql_weight_bits == 1:
+        raise UserError('--uql_fold_bn needs --uql_weight_bits of at least 2. Received: 1.')
       if self.uql_activation_range == 'learned_symmetric' and self.uql_activation_bits == 1:
         raise UserError(
           '--uql_activation_range=learned_symmetric needs --uql_activation_bits of at least 2. '
@@ -103,6 +111,7 @@ class UniformLearner(Learner):
         weight_range=self.uql_weight_range,
         activation_range=self.uql_activation_range,
         range_start=self.uql_range_start,
+        fold_batch_norm=self.uql_fold_bn,
       )
 
   def epochs(self):

@@ -27,7 +27,7 @@ class Codes(NamedTuple):
   """A quantized kernel as integers, and what they stand for, to the last bit of float32.
 
   Rows are those of `groups`. The value of a code in row r is `(code - zero_point[r]) * scale[r]`,
-  or `centres[r, code]` where there are centres.
+  or `centres[r, code]` where there are centres; divided by `factor` where there is one.
 
   Attributes:
     codes: array of the kernel's shape, integers from 0 to 2 ** bits - 1.
@@ -36,6 +36,7 @@ class Codes(NamedTuple):
     scale: [rows] float32; None with centres.
     zero_point: [rows] float32, whole or half numbers; None with centres.
     centres: [rows, at most 2 ** bits] float32, or None.
+    factor: float32 array that broadcasts against the kernel, nowhere 0, or None.
   """
 
   codes: np.ndarray
@@ -44,6 +45,7 @@ class Codes(NamedTuple):
   scale: np.ndarray | None = None
   zero_point: np.ndarray | None = None
   centres: np.ndarray | None = None
+  factor: np.ndarray | None = None
 
 
 class Transform(keras.layers.Layer):

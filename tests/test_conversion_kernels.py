@@ -4,7 +4,8 @@ import keras
 import numpy as np
 import pytest
 
-from pocketsize.conversion import folding, kernels
+from pocketsize import folding
+from pocketsize.conversion import kernels
 from pocketsize.quantization.asymmetric import AsymmetricWeightQuantizer
 from pocketsize.quantization.dorefa import Dorefa
 from pocketsize.quantization.quantizers import WeightQuantizer

@@ -10,16 +10,12 @@ import functools
 import keras
 import tensorflow as tf
 
-from pocketsize import targets
-from pocketsize.conversion import folding, integer, kernels
+from pocketsize import folding, targets
+from pocketsize.calls import call_with_weights, with_preactivation
+from pocketsize.conversion import integer, kernels
 from pocketsize.errors import UserError
 from pocketsize.graph import Graph, functional
-from pocketsize.instrument import (
-  ACTIVATION_POINTS,
-  Instrumented,
-  call_with_weights,
-  with_preactivation,
-)
+from pocketsize.instrument import ACTIVATION_POINTS, Instrumented
 from pocketsize.quantization.placement import MOVING
 from pocketsize.quantization.range_quantizer import RangeQuantizer
 
