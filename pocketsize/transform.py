@@ -75,6 +75,12 @@ class Transform(keras.layers.Layer):
     """Returns the `Codes` of `kernel` (array, as deployed), or None if it has none."""
     return None
 
+  def operations(self):
+    """Returns a function of x that computes the same by operations and constants alone, for what
+    no file's quantizer can express; else None.
+    """
+    return None
+
 
 class Placement(NamedTuple):
   """A transform and its place.
