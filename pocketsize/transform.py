@@ -12,7 +12,8 @@ class Grid(NamedTuple):
   Attributes:
     scale: positive float array that broadcasts against the kernel: one for the tensor, or one for
       each output channel.
-    bits: 1 to 16. Codes are integers with |code| < 2 ** (bits - 1); -1 and 1 for one bit.
+    bits: 1 to 16. Codes are integers with |code| < 2 ** (bits - 1); -1 and 1, and 0 for pruned
+      weights, for one bit.
   """
 
   scale: np.ndarray

@@ -61,7 +61,11 @@ def int8_constants(path):
     ]
     return [interpreter.get_tensor(detail['index']) for detail in kept]
   arrays = [onnx.numpy_helper.to_array(constant) for constant in onnx.load(path).graph.initializer]
-  return [array for array in arrays if array.dtype == np.int8 and array.ndim > 1]
+  return [
+    array.astype(np.int8)
+    for array in arrays
+    if array.dtype.name in ('int4', 'int8') and array.ndim > 1
+  ]
 
 
 def trained_codes(model):
@@ -206,7 +210,7 @@ def test_weights_alone_quantized_compute_in_float(tmp_path):
 
 
 @pytest.mark.parametrize(
-  'bits,words', [(1, '1-bit weights as int8'), (12, '12-bit weights as float32')]
+  'bits,words', [(1, '1-bit weights as int'), (12, '12-bit weights as float32')]
 )
 def test_other_bits_export_as_the_nearest_and_say_so(bits, words, tmp_path):
   model = build('plain', bits=bits)
