@@ -28,7 +28,8 @@ class Codes(NamedTuple):
   """A quantized kernel as integers, and what they stand for, to the last bit of float32.
 
   Rows are those of `groups`. The value of a code in row r is `(code - zero_point[r]) * scale[r]`,
-  or `centres[r, code]` where there are centres.
+  or `centres[r, code]` where there are centres. Where no code is worth 0, weights that are exactly
+  0 have any.
 
   Attributes:
     codes: array of the kernel's shape, integers from 0 to 2 ** bits - 1.

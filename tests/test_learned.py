@@ -157,9 +157,11 @@ def test_codes_stand_for_the_values_of_training_to_the_last_bit(kind, arguments,
     values = (codes.codes.ravel()[group].astype('float32') - codes.zero_point[row]) * (
       codes.scale[row]
     )
-    np.testing.assert_array_equal(values, deployed.ravel()[group])
-  if kind is AsymmetricWeightQuantizer:
-    assert (deployed[..., 4] == 0).all()
+    wanted = deployed.ravel()[group]
+    # Without a level of zero there is no code for exact zeros.
+    exact = wanted != 0 if np.any(codes.zero_point % 1) else slice(None)
+    np.testing.assert_array_equal(values[exact], wanted[exact])
+  assert (deployed[..., 4] == 0).all()
 
 
 @pytest.mark.parametrize('log2', [False, True])
@@ -193,7 +195,7 @@ def test_asymmetric_weights_are_on_a_grid_of_one_bit_more_up_to_seven():
     deployed = quantizer(kernel).numpy()
     grid = quantizer.grid(deployed)
     codes = grid.codes(deployed)
-    assert grid.bits == bits + 1 and np.ptp(codes) <= 2**bits - 1
+    assert grid.bits == bits + 1 and np.ptp(codes, axis=(0, 1, 2)).max() == 2**bits - 1
     np.testing.assert_array_equal((codes * grid.scale).astype('float32'), deployed)
   assert fitted(AsymmetricWeightQuantizer, kernel, bits=8).grid(kernel) is None
   bucket = fitted(AsymmetricWeightQuantizer, kernel, bits=2, granularity='bucket')

@@ -96,7 +96,10 @@ def test_codes_stand_for_the_values_of_training_to_the_last_bit(bits, granularit
   flat, wanted = codes.codes.ravel(), deployed.ravel()
   for row, group in enumerate(groups_of(kernel, granularity, 17)):
     values = (flat[group].astype('float32') - codes.zero_point[row]) * codes.scale[row]
-    np.testing.assert_array_equal(values, wanted[group])
+    # One bit has no code for exact zeros.
+    exact = wanted[group] != 0 if bits == 1 else slice(None)
+    np.testing.assert_array_equal(values[exact], wanted[group][exact])
+  assert (deployed[..., 4] == 0).all()
 
 
 @pytest.mark.parametrize('bits', [2, 3, 4])
