@@ -130,7 +130,7 @@ def test_layers_with_activations_of_their_own_run_in_int8(tmp_path):
 @pytest.mark.slow
 def test_the_same_model_gives_the_same_files(tmp_path):
   """Whatever the process did before, and however Python orders its sets."""
-  build('residual').save(tmp_path / 'model.keras')
+  build('residual', bits=4).save(tmp_path / 'model.keras')
   program = (
     'import sys, pocketsize\n'
     'from pocketsize.saving import load_model\n'

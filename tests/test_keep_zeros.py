@@ -1,17 +1,22 @@
 """Quantizing what is sparse or has fewer channels keeps its zeros and its shape."""
 
+import json
+
 import keras
 import numpy as np
 import pytest
 import stored_integers
 import tensorflow as tf
 from conversion_models import randomized
+from keras import layers
 from test_stored_integers import net
 from toys import compile_for_logits, images, labels
 
 import pocketsize
+from learners import main
 from learners.non_uniform import NonUniformLearner
 from learners.uniform import UniformLearner
+from nets.convnet_at_digits import ModelHelper
 from pocketsize import conversion, packed
 from pocketsize.channel_graph import ChannelGraph
 from pocketsize.compressor import CompressionCallback
@@ -140,6 +145,36 @@ def test_a_flag_of_each_learner_says_so():
   ):
     assert config().quantization().keep_zeros
     assert not config(**{flag: False}).quantization().keep_zeros
+
+
+def test_a_sparse_pretrained_model_stays_sparse_in_a_run(tmp_path):
+  helper = ModelHelper(ModelHelper.Config())
+  model = helper.build()
+  kernels = [layer.name for layer in model.layers if isinstance(layer, layers.Conv2D)]
+  for name in kernels:
+    kernel = model.get_layer(name).kernel
+    kernel.assign(kernel * magnitude_mask(kernel, 0.75))
+  model.save(tmp_path / 'sparse.keras')
+  arguments = [
+    f'--work_dir={tmp_path}/run',
+    f'--pretrained={tmp_path}/sparse.keras',
+    '--learner=uniform',
+    '--uql_weight_bits=3',
+    '--uql_activation_bits=8',
+    '--uql_quant_epochs=1',
+    '--nb_epochs_rat=0.03',
+    '--export_formats=tflite_int8',
+    '--tflite_int4',
+  ]
+  assert main.run_with(ModelHelper, ['run.py', *arguments]) == 0
+  final = keras.models.load_model(tmp_path / 'run' / 'final.keras', compile=False)
+  for name in kernels:
+    was = np.array(model.get_layer(name).kernel) == 0.0
+    assert (np.array(final.get_layer(name).kernel)[was] == 0.0).all()
+  report = json.loads((tmp_path / 'run' / 'report.json').read_text())
+  sparsity = {layer['name']: layer['sparsity'] for layer in report['layers']}
+  assert min(sparsity[name] for name in kernels) >= 0.74
+  assert '3-bit weights as int4 codes of the same scale' in report['files'][0]['note']
 
 
 def test_kernels_without_zeros_or_of_zeros_alone_are_left_alone():
