@@ -109,7 +109,7 @@ def assert_nearest_in(stored, deployed, factor, name):
 
 
 def assert_activations_are_those_of(model, stored, format_):
-  """Bit for bit; OpenVINO's files have ends of ranges for scales, hence two units in the last place."""
+  """Bit for bit; two units in the last place for OpenVINO's files, which have ends of ranges."""
   expected = set()
   for place in model.placements:
     if isinstance(place.transform, RangeQuantizer):

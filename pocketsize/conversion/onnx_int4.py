@@ -26,6 +26,9 @@ def with_int4(onnx, model):
   except (RuntimeError, onnx.version_converter.ConvertError):
     return None
   graph = model.graph
+  # Shapes of all tensors, which the conversion leaves: nobody needs them, and their names have
+  # counts.
+  graph.ClearField('value_info')
   for codes in _codes(onnx, graph):
     packed = onnx.TensorProto(
       name=f'{codes.name}_int4',
