@@ -74,6 +74,11 @@ class RunConfig:
     f'formats to write, comma-separated, out of {", ".join(conversion.FORMATS)}; or none; or '
     'all that the model has',
   )
+  tflite_int4: bool = option(
+    False,
+    'TFLite files store weights of up to 4 bits in 4 bits: smaller, and slower in LiteRT; the '
+    'other formats always do',
+  )
   enbl_multi_gpu: bool = option(False, 'several workers; set by the scripts')
   debug: bool = option(False, 'show a traceback with an error of the user')
 

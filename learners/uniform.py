@@ -46,6 +46,9 @@ class UniformLearner(Learner):
     uql_quantize_all_layers: bool = option(
       False, f'first and last layer like the others; if not, they have at least {END_BITS} bits'
     )
+    uql_keep_zeros: bool = option(
+      True, 'weights that are 0 in the model that is quantized, such as pruned ones, stay 0'
+    )
     uql_weight_range: str = option(
       'fitted',
       'scales of weights: fitted, or trained, or trained by their log2; dorefa goes through tanh, '
@@ -108,6 +111,7 @@ class UniformLearner(Learner):
         granularity=quantization.granularity(self, 'uql'),
         bucket_size=self.uql_bucket_size,
         end_bits=0 if self.uql_quantize_all_layers else END_BITS,
+        keep_zeros=self.uql_keep_zeros,
         weight_range=self.uql_weight_range,
         activation_range=self.uql_activation_range,
         range_start=self.uql_range_start,

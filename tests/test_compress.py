@@ -61,7 +61,7 @@ def test_entries_of_one_algorithm_are_rules_of_one_compressor():
   assert stack.statistics() == {'sparsity': pytest.approx(76 / 160)}
 
 
-@pytest.mark.parametrize('bits', [2, 4, 8])
+@pytest.mark.parametrize('bits', [1, 2, 4, 8])
 @pytest.mark.parametrize('turned', [False, True])
 def test_quantizing_what_is_pruned_keeps_the_zeros(bits, turned):
   both = [
