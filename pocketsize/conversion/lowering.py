@@ -20,7 +20,7 @@ from pocketsize.instrument import (
   call_with_weights,
   with_preactivation,
 )
-from pocketsize.quantization.placement import MOVING
+from pocketsize.quantization.placement import JOINING, MOVING
 from pocketsize.quantization.range_quantizer import RangeQuantizer
 
 # What leads from a converter's error back to the layer: the scope of its operations.
@@ -221,12 +221,16 @@ class Lowered:
     if self._reads_operations(node):
       return None
     low_high = self._range_at(node, 'input')
-    while not low_high and node.inputs:
-      node = self._graph.producer(node.inputs[0])
-      low_high = self._range_at(node)
-      if type(node.operation).__name__ not in MOVING:
-        break
-    return low_high
+    return low_high or (self._range_of(node.inputs[0]) if node.inputs else None)
+
+  def _range_of(self, tensor):
+    """Returns the (low, high) of an 8-bit activation, perhaps moved or joined, or None."""
+    node = self._graph.producer(tensor)
+    low_high, name = self._range_at(node), type(node.operation).__name__
+    if low_high or name not in MOVING | JOINING:
+      return low_high
+    found = {self._range_of(each) for each in node.inputs[: None if name in JOINING else 1]}
+    return found.pop() if len(found) == 1 else None
 
   def _range_at(self, node, point='output'):
     ranges = [

@@ -23,6 +23,8 @@ _MOVING = frozenset(
     'Gather',
   }
 )
+# They move values where all that they read has one step.
+_JOINING = frozenset({'Concat', 'Max', 'Min'})
 
 
 class OnnxGraph:
@@ -143,20 +145,27 @@ class OnnxGraph:
   def pair_moves(self):
     """Puts a QuantizeLinear/DequantizeLinear pair behind what only moves quantized values."""
     for node in list(self._graph.node):
-      source = self._producers().get(node.input[0]) if node.input else None
+      step = self._moved_step(node)
       readers = self._readers(node.output[0])
-      if (
-        node.op_type not in _MOVING
-        or source is None
-        or source.op_type != 'DequantizeLinear'
-        or all(reader.op_type == 'QuantizeLinear' for reader in readers)
-      ):
+      if not step or all(reader.op_type == 'QuantizeLinear' for reader in readers):
         continue
-      name, step = node.output[0], list(source.input[1:])
+      name = node.output[0]
       node.output[0] = f'{name}_moved'
       index = [other.output[0] for other in self._graph.node].index(node.output[0]) + 1
       self._insert(index, 'QuantizeLinear', [f'{name}_moved', *step], f'{name}_codes')
       self._insert(index + 1, 'DequantizeLinear', [f'{name}_codes', *step], name)
+
+  def _moved_step(self, node):
+    """Returns the names of the scale and zero point of what `node` moves; [] if it does not."""
+    if node.op_type not in _MOVING | _JOINING:
+      return []
+    producers, constants = self._producers(), self._constants()
+    names = node.input if node.op_type in _JOINING else node.input[:1]
+    sources = [producers.get(name) for name in names]
+    if not all(source is not None and source.op_type == 'DequantizeLinear' for source in sources):
+      return []
+    steps = {tuple(constants[name].item() for name in source.input[1:]) for source in sources}
+    return list(sources[0].input[1:]) if len(steps) == 1 else []
 
   def quantize_biases(self):
     """Makes biases int32 multiples of (input step * weight step), as integer kernels want them.
