@@ -50,20 +50,21 @@ def squeeze_and_excitation():
 
 
 def convolution_last():
-  """3 convolutions, the maximum of 2 of them, an average pooling."""
+  """3 convolutions, a max pooling, a maximum, an average pooling."""
   inputs = keras.Input((12, 12, 3), name='image')
-  x = layers.Maximum()([models.block(inputs, 8), models.block(inputs, 8, 1)])
+  past = layers.MaxPooling2D(3, 1, padding='same')(models.block(inputs, 8, 1))
+  x = layers.Maximum()([models.block(inputs, 8), past])
   return keras.Model(inputs, layers.Conv2D(3, 1)(layers.AveragePooling2D(2)(x)))
 
 
 # (int8, float) operations on a device of its own, counted by hand. OpenVINO adds inside the
-# convolution, and a sigmoid as well; joining is no operation there. Softplus and the like apart,
-# the one operation in float is the maximum, which LiteRT only has in integers.
+# convolution, and computes a sigmoid there; joining is no operation. Only LiteRT has a maximum of
+# integers.
 OPERATIONS = {
   residual: {'litert': (7, 0), 'onnxruntime': (7, 0), 'openvino': (6, 0)},
   concatenation: {'litert': (9, 0), 'onnxruntime': (9, 0), 'openvino': (7, 0)},
   squeeze_and_excitation: {'litert': (9, 0), 'onnxruntime': (9, 0), 'openvino': (8, 0)},
-  convolution_last: {'litert': (5, 0), 'onnxruntime': (4, 1), 'openvino': (4, 1)},
+  convolution_last: {'litert': (6, 0), 'onnxruntime': (5, 1), 'openvino': (5, 1)},
 }
 
 
@@ -75,16 +76,24 @@ def quantized(build, device, **kinds):
 @pytest.mark.parametrize('device', DEVICES)
 @pytest.mark.parametrize('build', OPERATIONS, ids=lambda build: build.__name__)
 def test_files_for_a_device_compute_what_keras_computes_in_every_runtime(build, device, tmp_path):
-  """Within two steps of 255 over the outputs; on its own device, and for all, in integers."""
+  """Within two steps of 255 over the outputs; on its own device, and for all, in integers.
+
+  Three of them where a convolution writes the outputs: no average over places is behind it.
+  """
   model = quantized(build, device)
   expected = np.asarray(model(X, training=False))
   step = np.ptp(expected) / 255.0
+  farthest = 3.01 if build is convolution_last else 2.01
   for file in conversion.export(model, tmp_path, FORMAT_BY_DEVICE.values()):
     steps = np.abs(conversion.open_file(file.path)(X)[0] - expected) / step
-    assert steps.max() < 2.01 and steps.mean() < 0.5, file.format
+    assert steps.max() < farthest and steps.mean() < farthest / 4, file.format
     for own, format_ in FORMAT_BY_DEVICE.items():
       if format_ == file.format and device in ('all', own):
-        assert conversion.count_ops(file.path) == OPERATIONS[build][own], file.format
+        int8_ops, float_ops = conversion.count_ops(file.path)
+        least, expected_float = OPERATIONS[build][own]
+        # OpenVINO counts the rounding of the outputs, which is there in a file for all.
+        assert int8_ops - (device == 'all') <= least <= int8_ops, file.format
+        assert float_ops == expected_float, file.format
 
 
 @pytest.mark.parametrize('device', DEVICES)
@@ -97,7 +106,12 @@ def test_a_trained_range_that_is_shared_is_in_every_file(device, tmp_path):
 
 
 def test_litert_rescales_nothing_before_a_maximum_or_a_concatenation_of_one_range(tmp_path):
-  """A file for all devices rescales what a Maximum reads, see `devices`."""
+  """A file for all devices rescales what a Maximum reads, where no convolution can do it."""
+
+  def maximum():
+    inputs = keras.Input((12, 12, 3), name='image')
+    sides = [layers.MaxPooling2D()(models.block(inputs, 8, size)) for size in (1, 3)]
+    return keras.Model(inputs, _classifier(layers.Maximum()(sides)))
 
   def quantize_operations(build, device):
     model = quantized(build, device)
@@ -105,6 +119,6 @@ def test_litert_rescales_nothing_before_a_maximum_or_a_concatenation_of_one_rang
     return models.tflite_operations(file.path).count('QUANTIZE')
 
   # One operation quantizes the image.
-  assert quantize_operations(convolution_last, 'litert') == 1
-  assert quantize_operations(convolution_last, 'all') > 1
+  assert quantize_operations(maximum, 'litert') == 1
+  assert quantize_operations(maximum, 'all') > 1
   assert quantize_operations(concatenation, 'all') == 1
