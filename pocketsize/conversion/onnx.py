@@ -14,15 +14,15 @@ from pocketsize.conversion.onnx_graph import OnnxGraph
 _OPSET = 17
 
 
-def convert(lowered, path, pairs_moves=True):
+def convert(lowered, path, pairs_joins=True):
   """Writes an ONNX file with float32 inputs and outputs and a dynamic batch.
 
   Args:
     lowered: a `Lowered` model.
     path: of the file.
-    pairs_moves: whether what moves quantized values has QuantizeLinear and DequantizeLinear behind
-      it, without which ONNX Runtime moves floats. OpenVINO looks through it by itself, and computes
-      a second rounding if there is one.
+    pairs_joins: whether what joins quantized values has QuantizeLinear and DequantizeLinear behind
+      it, without which ONNX Runtime joins floats. OpenVINO looks through a concatenation by itself,
+      and joins floats and rounds them if there is one.
 
   Raises:
     UserError: a package is missing, or tf2onnx refuses an operation.
@@ -35,8 +35,7 @@ def convert(lowered, path, pairs_moves=True):
   for kernel, stand_in in zip(lowered.kernels, lowered.stand_ins, strict=True):
     graph.place(kernel, stand_in)
   if lowered.has_activations:
-    if pairs_moves:
-      graph.pair_moves()
+    graph.pair_moves(pairs_joins)
     graph.quantize_biases()
   graph.tidy()
   try:

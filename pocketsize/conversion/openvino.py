@@ -28,7 +28,7 @@ def convert(lowered, path):
   openvino = require('openvino', 'to write OpenVINO files')
   with tempfile.TemporaryDirectory() as folder:
     source = pathlib.Path(folder, 'model.onnx')
-    onnx.convert(lowered, source, pairs_moves=False)
+    onnx.convert(lowered, source, pairs_joins=False)
     try:
       model = openvino.convert_model(str(source))
     except Exception as error:
