@@ -401,6 +401,16 @@ def test_what_is_joined_has_one_range_through_poolings_and_other_joins(device):
 
 
 @pytest.mark.parametrize('device', DEVICES)
+def test_two_joins_with_a_branch_in_common_have_one_range(device):
+  def body(x):
+    sides = [block(x, name) for name in ('one', 'two', 'three')]
+    joins = [layers.Concatenate()(sides[:2]), layers.Concatenate()(sides[1:])]
+    return classifier(layers.Add()([conv(join, f'end{i}') for i, join in enumerate(joins)]))
+
+  assert shared(model_of(body), device) == [['one', 'three', 'two']]
+
+
+@pytest.mark.parametrize('device', DEVICES)
 def test_summands_and_factors_keep_ranges_of_their_own(device):
   assert shared(model_of(residual), device) == shared(model_of(squeeze), device) == []
 
