@@ -17,7 +17,7 @@ class NonUniformLearner(Learner):
   name = 'non-uniform'
 
   @dataclasses.dataclass(frozen=True, kw_only=True)
-  class Config:
+  class Config(quantization.DeviceFlags):
     """Flags of the learner."""
 
     nuql_init_style: str = option('kmeans', 'where the centres begin', choices=STARTS)
@@ -53,6 +53,7 @@ class NonUniformLearner(Learner):
     def __post_init__(self):
       check_options(self)
       quantization.check_buckets(self, 'nuql')
+      quantization.check_device(self, 'nuql')
 
     def quantization(self):
       """Returns the `NonUniformConfig` of a layer."""
@@ -63,6 +64,7 @@ class NonUniformLearner(Learner):
         bucket_size=self.nuql_bucket_size,
         end_bits=0 if self.nuql_quantize_all_layers else END_BITS,
         keep_zeros=self.nuql_keep_zeros,
+        target_device=self.target_device,
         start=self.nuql_init_style,
         mode=self.nuql_opt_mode,
       )

@@ -1,11 +1,40 @@
-"""What the flags of quantizing learners have in common, each under the learner's own prefix."""
+"""What the flags of quantizing learners have in common, most under the learner's own prefix."""
 
 import dataclasses
 
 from pocketsize import targets
 from pocketsize.errors import UserError
+from pocketsize.options import option
+from pocketsize.quantization.devices import DEFAULT, DEVICES
+from pocketsize.quantization.placing import FLOAT_BITS
 
 GRANULARITY_BY_TYPE = {'channel': 'channel', 'split': 'bucket'}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeviceFlags:
+  """The flag of all learners that give activations ranges."""
+
+  target_device: str = option(
+    DEFAULT,
+    'runtime that the quantized file is for; it decides which activations are quantized',
+    choices=DEVICES,
+  )
+
+
+def check_device(config, prefix):
+  """Raises a UserError for a device where no activation is quantized.
+
+  Args:
+    config: `DeviceFlags` with <prefix>_activation_bits.
+    prefix: of the flags' names, such as 'uql'.
+  """
+  flag = f'{prefix}_activation_bits'
+  if config.target_device != DEFAULT and getattr(config, flag) == FLOAT_BITS:
+    raise UserError(
+      f'--target_device has no effect with --{flag}={FLOAT_BITS}. '
+      f'Received: --target_device={config.target_device}.'
+    )
 
 
 def check_buckets(config, prefix):

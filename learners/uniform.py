@@ -23,7 +23,7 @@ class UniformLearner(Learner):
   name = 'uniform'
 
   @dataclasses.dataclass(frozen=True, kw_only=True)
-  class Config:
+  class Config(quantization.DeviceFlags):
     """Flags of the learner."""
 
     uql_weight_bits: int = option(
@@ -75,6 +75,7 @@ class UniformLearner(Learner):
     def __post_init__(self):
       check_options(self)
       quantization.check_buckets(self, 'uql')
+      quantization.check_device(self, 'uql')
 
       float_weights = self.uql_weight_bits == FLOAT_BITS and self.uql_weight_bits_list is None
       for name, has_effect, without in (
@@ -112,6 +113,7 @@ class UniformLearner(Learner):
         bucket_size=self.uql_bucket_size,
         end_bits=0 if self.uql_quantize_all_layers else END_BITS,
         keep_zeros=self.uql_keep_zeros,
+        target_device=self.target_device,
         weight_range=self.uql_weight_range,
         activation_range=self.uql_activation_range,
         range_start=self.uql_range_start,

@@ -1,5 +1,6 @@
 """What is set from data before training or shipping: scales, ranges of activations."""
 
+import collections
 import contextlib
 
 import keras
@@ -15,7 +16,8 @@ def calibrate(model, batches):
   """Sets every quantizer of an `Instrumented` model: scales from the kernels, ranges from data.
 
   A range is found as the quantizer's `start` says, by default the mean of the batches' extremes.
-  While ranges are measured no activation is quantized.
+  While ranges are measured no activation is quantized. Tensors of one range are seen side by side,
+  as one: their extremes are those of all of them.
 
   Args:
     model: `Instrumented`.
@@ -32,13 +34,15 @@ def calibrate(model, batches):
   }
   if not found:
     return
-  seen = set()
+  calls, seen, waiting = _calls(model), set(), collections.defaultdict(list)
 
   def observe(transform, x):
     if transform not in found:
       return transform(x)
-    found[transform].update(keras.ops.convert_to_numpy(x))
-    seen.add(transform)
+    waiting[transform].append(keras.ops.convert_to_numpy(x))
+    if not transform.is_shareable or len(waiting[transform]) == calls[transform]:
+      found[transform].update(_side_by_side(waiting.pop(transform)))
+      seen.add(transform)
     return x
 
   for batch in batches:
@@ -49,6 +53,22 @@ def calibrate(model, batches):
         'Activation ranges need data: `calibration` must give at least one batch. Received none.'
       )
     transform.set_range(*initialiser.result())
+
+
+def _calls(model):
+  """Returns {transform of an activation: how often a model calls it}."""
+  calls, paths = collections.Counter(), collections.Counter(node.path for node in model.graph.nodes)
+  for path, _, transform in model.placements:
+    calls[transform] += paths[path]
+  return calls
+
+
+def _side_by_side(arrays):
+  """Returns arrays as one, sample by sample if they have the same number of them."""
+  if len(arrays) == 1:
+    return arrays[0]
+  samples = len(arrays[0]) if len({len(array) for array in arrays}) == 1 else 1
+  return np.concatenate([np.reshape(array, (samples, -1)) for array in arrays], axis=1)
 
 
 def fit_scales(model):

@@ -22,7 +22,7 @@ class Instrumented(keras.Model):
   Attributes:
     source: the user's model.
     graph: its `Graph`.
-    transforms: all transforms, in order of placement.
+    transforms: all transforms, in order of placement, each once.
     stack: the `Stack` whose loss training adds, or None. Not saved.
   """
 
@@ -33,7 +33,11 @@ class Instrumented(keras.Model):
     self.stack = None
     placements = sorted(placements, key=lambda placement: placement.transform.order)
     self._places = [(placement.path, placement.point) for placement in placements]
-    self.transforms = [placement.transform for placement in placements]
+    self.transforms = list(
+      {id(placement.transform): placement.transform for placement in placements}.values()
+    )
+    numbers = {id(transform): number for number, transform in enumerate(self.transforms)}
+    self._numbers = [numbers[id(placement.transform)] for placement in placements]
     self._check()
     self._build_transforms()
     self.built = True
@@ -42,8 +46,8 @@ class Instrumented(keras.Model):
   def placements(self):
     """The placements, in the order in which they run at each place."""
     return [
-      Placement(*place, transform)
-      for place, transform in zip(self._places, self.transforms, strict=True)
+      Placement(*place, self.transforms[number])
+      for place, number in zip(self._places, self._numbers, strict=True)
     ]
 
   @property
@@ -64,8 +68,8 @@ class Instrumented(keras.Model):
   def transforms_at(self, path, point):
     """Returns the transforms at one place, in order."""
     return [
-      transform
-      for place, transform in zip(self._places, self.transforms, strict=True)
+      self.transforms[number]
+      for place, number in zip(self._places, self._numbers, strict=True)
       if place == (path, point)
     ]
 
@@ -175,19 +179,27 @@ class Instrumented(keras.Model):
     return {
       'name': self.name,
       'source': keras.saving.serialize_keras_object(self.source),
+      # A transform that stands at several places is written once, then by its number.
       'placements': [
-        [path, point, keras.saving.serialize_keras_object(transform)]
-        for path, point, transform in self.placements
+        [
+          *place,
+          number
+          if number in self._numbers[:index]
+          else keras.saving.serialize_keras_object(self.transforms[number]),
+        ]
+        for index, (place, number) in enumerate(zip(self._places, self._numbers, strict=True))
       ],
     }
 
   @classmethod
   def from_config(cls, config, custom_objects=None):
     load = keras.saving.deserialize_keras_object
-    placements = [
-      Placement(path, point, load(transform, custom_objects=custom_objects))
-      for path, point, transform in config['placements']
-    ]
+    placements, transforms = [], []
+    for path, point, transform in config['placements']:
+      if not isinstance(transform, int):
+        transforms.append(load(transform, custom_objects=custom_objects))
+      number = transform if isinstance(transform, int) else -1
+      placements.append(Placement(path, point, transforms[number]))
     return cls(
       load(config['source'], custom_objects=custom_objects), placements, name=config['name']
     )
@@ -198,13 +210,14 @@ def instrument(model, placements=()):
 
   Args:
     model: a built Functional or Sequential model, nested ones included.
-    placements: iterable of `Placement`.
+    placements: iterable of `Placement`; what `is_shareable` may stand at several places.
 
   Raises:
     UserError: a subclassed or unbuilt model, or a place that does not exist.
   """
   placements = list(placements)
-  if len({id(placement.transform) for placement in placements}) < len(placements):
+  own = [id(each.transform) for each in placements if not each.transform.is_shareable]
+  if len(set(own)) < len(own):
     raise ValueError(
       'Argument `placements` has one transform at two places; each place needs its own.'
     )

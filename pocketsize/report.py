@@ -12,8 +12,9 @@ from pocketsize import cost, targets
 from pocketsize.graph import Graph
 from pocketsize.instrument import strip
 from pocketsize.quantization.calibrated import Calibrated
+from pocketsize.quantization.fusion import MOVING
 from pocketsize.quantization.kernel_quantizer import KernelQuantizer
-from pocketsize.quantization.placement import MOVING
+from pocketsize.quantization.placement import JOINING
 
 FLOAT_BITS = 32
 PACKAGES = (
@@ -69,7 +70,8 @@ def activation_bits(model, path):
     ]
     if bits:
       return bits[-1]
-    if not node.inputs or (point == 'output' and type(node.operation).__name__ not in MOVING):
+    moves = type(node.operation).__name__ in MOVING | JOINING
+    if not node.inputs or (point == 'output' and not moves):
       return FLOAT_BITS
     node, point = model.graph.producer(node.inputs[0]), 'output'
 

@@ -59,9 +59,11 @@ class Transform(keras.layers.Layer):
   Attributes:
     order: transforms of one placement run in ascending order: masks 10, quantizers 20.
     is_on: whether it changes anything at all; what waits for its step is off until then.
+    is_shareable: whether it may stand at several places, for what it knows has no shape of theirs.
   """
 
   order = 0
+  is_shareable = False
   is_on = True
 
   def __init__(self, **kwargs):

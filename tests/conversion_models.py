@@ -1,14 +1,19 @@
 """Small models of the shapes that exporting has to get right, with weights in realistic ranges."""
 
+import functools
+
 import keras
 import numpy as np
+from ai_edge_litert import schema_py_generated as schema
 from keras import layers
 
 from pocketsize import targets
 from pocketsize.graph import Graph
 from pocketsize.instrument import instrument
+from pocketsize.quantization.devices import DEFAULT
 from pocketsize.quantization.placement import quantized_tensors
 from pocketsize.quantization.quantizers import ActivationQuantizer, WeightQuantizer
+from pocketsize.quantization.shared import SharedActivationQuantizer
 from pocketsize.transform import Placement
 
 SIZE = 12
@@ -18,14 +23,14 @@ def _image():
   return keras.Input((SIZE, SIZE, 3), name='image')
 
 
-def _block(x, channels, size=3, strides=1, **kwargs):
+def block(x, channels, size=3, strides=1, **kwargs):
   x = layers.Conv2D(channels, size, strides, padding='same', use_bias=False, **kwargs)(x)
   return layers.ReLU()(layers.BatchNormalization()(x))
 
 
 def plain():
   x = inputs = _image()
-  x = _block(_block(x, 8), 12)
+  x = block(block(x, 8), 12)
   x = layers.MaxPooling2D()(x)
   return keras.Model(inputs, layers.Dense(5, name='dense')(layers.Flatten()(x)))
 
@@ -33,18 +38,18 @@ def plain():
 def depthwise():
   inputs = _image()
   x = layers.DepthwiseConv2D(3, padding='same', depth_multiplier=2, use_bias=False)(
-    _block(inputs, 8)
+    block(inputs, 8)
   )
   x = layers.ReLU(6.0)(layers.BatchNormalization()(x))
   x = layers.DepthwiseConv2D(3, 2, padding='valid', activation='relu')(x)
-  return keras.Model(inputs, layers.GlobalAveragePooling2D()(_block(x, 8, 1)))
+  return keras.Model(inputs, layers.GlobalAveragePooling2D()(block(x, 8, 1)))
 
 
 def residual():
   """Both kinds of shortcut, a strided convolution behind ZeroPadding2D, padded channels."""
   inputs = _image()
-  x = _block(inputs, 8)
-  y = layers.BatchNormalization()(layers.Conv2D(8, 3, padding='same')(_block(x, 8)))
+  x = block(inputs, 8)
+  y = layers.BatchNormalization()(layers.Conv2D(8, 3, padding='same')(block(x, 8)))
   x = layers.ReLU()(layers.Add()([x, y]))
   y = layers.Conv2D(12, 3, 2, use_bias=False)(layers.ZeroPadding2D(1)(x))
   y = layers.ReLU()(layers.BatchNormalization()(y))
@@ -58,21 +63,21 @@ def residual():
 def concatenation():
   inputs = _image()
   x = layers.Concatenate()(
-    [_block(inputs, 6), layers.AveragePooling2D(3, 1, padding='same')(_block(inputs, 4, 1))]
+    [block(inputs, 6), layers.AveragePooling2D(3, 1, padding='same')(block(inputs, 4, 1))]
   )
   return keras.Model(inputs, layers.Dense(5)(layers.Flatten()(layers.AveragePooling2D(2)(x))))
 
 
 def transposed():
   inputs = _image()
-  x = layers.Conv2DTranspose(6, 3, 2, padding='same', use_bias=False)(_block(inputs, 8, strides=2))
+  x = layers.Conv2DTranspose(6, 3, 2, padding='same', use_bias=False)(block(inputs, 8, strides=2))
   x = layers.ReLU()(layers.BatchNormalization()(x))
   return keras.Model(inputs, layers.Conv2D(2, 1)(x))
 
 
 def nested():
   inner_inputs = keras.Input((SIZE, SIZE, 3))
-  base = keras.Model(inner_inputs, _block(_block(inner_inputs, 8), 8, strides=2), name='base')
+  base = keras.Model(inner_inputs, block(block(inner_inputs, 8), 8, strides=2), name='base')
   inputs = _image()
   head = keras.Sequential(
     [keras.Input((6, 6, 8)), layers.GlobalAveragePooling2D(), layers.Dense(5)], name='head'
@@ -122,6 +127,7 @@ def quantized(
   masks=(),
   weights=WeightQuantizer,
   activations=ActivationQuantizer,
+  device=DEFAULT,
 ):
   """Instruments a model with fitted quantizers.
 
@@ -131,6 +137,7 @@ def quantized(
     granularity: of the weights.
     masks: further placements.
     weights, activations: the quantizers' classes.
+    device: the activations are where it wants them.
   """
   graph = Graph(model)
   placements = list(masks)
@@ -144,15 +151,18 @@ def quantized(
       quantizer.build(kernel.shape)
       quantizer.fit(kernel)
       placements.append(Placement(path, point, quantizer))
-  if activation_bits:
-    placements += [
-      Placement(
-        tensor.path,
-        tensor.point,
-        activations(activation_bits, nonnegative=tensor.nonnegative),
-      )
-      for tensor in quantized_tensors(graph)
-    ]
+  tensors = quantized_tensors(graph, device) if activation_bits else []
+  members = {tensor.group: [] for tensor in tensors}
+  for tensor in tensors:
+    members[tensor.group].append(tensor)
+  for group in members.values():
+    nonnegative = all(tensor.nonnegative for tensor in group)
+    calls = sum(tensor.calls for tensor in group)
+    kind = activations
+    if activations is ActivationQuantizer and calls > 1:
+      kind = functools.partial(SharedActivationQuantizer, calls=calls)
+    quantizer = kind(activation_bits, nonnegative=nonnegative)
+    placements += [Placement(tensor.path, tensor.point, quantizer) for tensor in group]
   model = instrument(model, placements)
   observe(model)
   return model
@@ -174,3 +184,11 @@ def output_step(model):
     -1
   ].range()
   return (high - low) / 255.0
+
+
+def tflite_operations(path):
+  """Returns the names of the operations of a .tflite file, in order."""
+  model = schema.ModelT.InitFromPackedBuf(path.read_bytes(), 0)
+  names = {number: name for name, number in vars(schema.BuiltinOperator).items()}
+  codes = [max(code.builtinCode, code.deprecatedBuiltinCode) for code in model.operatorCodes]
+  return [names[codes[op.opcodeIndex]] for op in model.subgraphs[0].operators]

@@ -42,6 +42,12 @@ BUSY = {
     'weight_range': 'learned',
     'activation_range': 'learned',
   },
+  'uniform:onnxruntime': {
+    'weight_bits': 3,
+    'activation_bits': 6,
+    'momentum': 0.9,
+    'target_device': 'onnxruntime',
+  },
   'uniform:dorefa-pact': {
     'weight_bits': 3,
     'activation_bits': 6,

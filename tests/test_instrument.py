@@ -518,6 +518,29 @@ def test_one_transform_at_two_places_is_refused():
     instrument(conv_net(), [Placement('conv0', 'kernel', mask), Placement('conv1', 'kernel', mask)])
 
 
+def test_one_range_at_two_places_is_one_transform_again_when_loaded(tmp_path):
+  quantizer = ActivationQuantizer(6)
+  model = instrument(
+    conv_net(),
+    [
+      Placement('relu0', 'output', quantizer),
+      Placement('images', 'output', ActivationQuantizer(7)),
+      Placement('relu1', 'output', quantizer),
+      Placement('conv0', 'kernel', Mask()),
+    ],
+  )
+  assert len(model.transforms) == 3 and len(model.placements) == 4
+  quantizer.set_range(-1.0, 2.0)
+  model.transforms_at('images', 'output')[0].set_range(-3.0, 3.0)
+  model.save(tmp_path / 'model.keras')
+  loaded = keras.models.load_model(tmp_path / 'model.keras')
+  assert [place[:2] for place in loaded.placements] == [place[:2] for place in model.placements]
+  assert [each.name for each in loaded.transforms] == [each.name for each in model.transforms]
+  (first,), (second,) = (loaded.transforms_at(path, 'output') for path in ('relu0', 'relu1'))
+  assert first is second and first.range() == quantizer.range()
+  np.testing.assert_array_equal(loaded(images()), model(images()))
+
+
 def test_dictionary_models_keep_their_structure():
   first, second = keras.Input((3,), name='first'), keras.Input((3,), name='second')
   model = keras.Model(

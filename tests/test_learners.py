@@ -361,6 +361,15 @@ def test_evaluation_reproduces_the_report_and_writes_nothing(tmp_path, capfd):
       'give one of them. Received: 1 and 0.',
     ),
     (['--learner=uniform', '--uql_bucket_type=split'], '--uql_bucket_type has no effect'),
+    (
+      ['--learner=uniform', '--uql_activation_bits=8', '--target_device=gpu'],
+      "--target_device must be one of all, litert, openvino, onnxruntime. Received: 'gpu'",
+    ),
+    (
+      ['--learner=non-uniform', '--target_device=litert'],
+      '--target_device has no effect with --nuql_activation_bits=32',
+    ),
+    (['--learner=binary', '--target_device=litert'], '--target_device belongs to --learner='),
     (['--learner=non-uniform', '--nuql_weight_bits=9'], '--nuql_weight_bits must be one of 1, 2,'),
     (['--learner=non-uniform', '--nuql_bucket_size=64'], '--nuql_bucket_size has no effect'),
     (['--learner=non-uniform', '--nuql_bucket_type=channel'], '--nuql_bucket_type has no effect'),

@@ -1,17 +1,38 @@
-"""Which tensors are quantized, and who reads them."""
+"""Which tensors are quantized for which device, which have one range, and who reads them."""
 
 import keras
+import numpy as np
 import pytest
 from keras import layers
 from toys import conv_net, nested_net, sequential_net, shared_net
 
 from pocketsize.graph import Graph
+from pocketsize.quantization.devices import DEFAULT, DEVICES
 from pocketsize.quantization.placement import quantized_tensors
 
+LITERT = ('all', 'litert')
+READERS = ('openvino', 'onnxruntime')
 
-def placed(model):
+
+def placed(model, device=DEFAULT):
   """Returns {path: nonnegative} of the quantized tensors."""
-  return {tensor.path: tensor.nonnegative for tensor in quantized_tensors(Graph(model))}
+  return {tensor.path: tensor.nonnegative for tensor in quantized_tensors(Graph(model), device)}
+
+
+def places(model, device):
+  """Returns the quantized paths; '<path>:preactivation' before a layer's own activation."""
+  return [
+    tensor.path + (':preactivation' if tensor.point == 'preactivation' else '')
+    for tensor in quantized_tensors(Graph(model), device)
+  ]
+
+
+def shared(model, device=DEFAULT):
+  """Returns the sorted paths of each range that several places have."""
+  groups = {}
+  for tensor in quantized_tensors(Graph(model), device):
+    groups.setdefault(tensor.group, []).append(tensor.path)
+  return sorted(sorted(paths) for paths in groups.values() if len(paths) > 1)
 
 
 def conv(x, name, **arguments):
@@ -58,8 +79,8 @@ def test_nested_models_are_seen_through():
 
 
 def test_a_layer_called_twice_is_placed_once():
-  tensors = [tensor.path for tensor in quantized_tensors(Graph(shared_net()))]
-  assert sorted(tensors) == sorted(['images', 'conv', 'tower/conv', 'tower/pool', 'join', 'head'])
+  calls = {tensor.path: tensor.calls for tensor in quantized_tensors(Graph(shared_net()))}
+  assert calls == {'images': 1, 'conv': 2, 'tower/conv': 2, 'tower/pool': 2, 'head': 1}
 
 
 def test_a_residual_block():
@@ -81,11 +102,24 @@ def test_an_addition_written_as_an_operator():
   assert list(names.values()) == [False, False, True] and list(names)[:2] == ['in', 'conv']
 
 
-def test_concatenate_writes_a_tensor_of_its_own():
+def test_concatenate_hands_on_what_it_joins_if_that_has_one_range():
   def body(x):
     return layers.Concatenate(name='join')([conv(x, 'a', activation='relu'), conv(x, 'b')])
 
-  assert placed(model_of(body)) == {'in': False, 'a': True, 'b': False, 'join': False}
+  assert placed(model_of(body)) == {'in': False, 'a': True, 'b': False}
+  assert shared(model_of(body)) == [['a', 'b']]
+
+
+def test_concatenate_with_what_takes_no_range_writes_a_tensor_of_its_own():
+  def with_softmax(x):
+    return layers.Concatenate(name='join')([layers.Softmax(name='soft')(conv(x, 'a')), x])
+
+  assert placed(model_of(with_softmax)) == {'in': False, 'a': False, 'join': False}
+  assert shared(model_of(with_softmax)) == []
+  inputs = keras.Input(batch_shape=(1, 8, 8, 4), name='in')
+  ones = np.ones((1, 8, 8, 1), 'float32')
+  model = keras.Model(inputs, conv(keras.ops.concatenate([inputs, ones], axis=-1), 'a'))
+  assert len(placed(model)) == 3 and shared(model) == []
 
 
 def test_a_depthwise_separable_block():
@@ -236,3 +270,176 @@ def test_integer_inputs_are_not_quantized():
   inputs = keras.Input((8, 8, 4), dtype='uint8', name='in')
   model = keras.Model(inputs, conv(layers.Rescaling(1 / 255, name='scale')(inputs), 'conv'))
   assert placed(model) == {'scale': False, 'conv': False}
+
+
+# What each device quantizes, topology by topology.
+
+
+def block(x, name):
+  """A convolution with its batch norm `name`_bn and ReLU `name`."""
+  x = conv(x, f'{name}_conv', use_bias=False)
+  return layers.ReLU(name=name)(layers.BatchNormalization(name=f'{name}_bn')(x))
+
+
+def classifier(x):
+  """Global average, dense: logits that nothing reads."""
+  return layers.Dense(3, name='head')(layers.GlobalAveragePooling2D(name='pool')(x))
+
+
+def plain(x):
+  return classifier(block(layers.MaxPooling2D(name='max')(block(x, 'one')), 'two'))
+
+
+def residual(x):
+  x = block(x, 'one')
+  y = layers.BatchNormalization(name='bn')(conv(block(x, 'two'), 'three'))
+  return classifier(layers.ReLU(name='sum')(layers.Add(name='add')([x, y])))
+
+
+def inception(x):
+  """A concatenation of a convolution, a max pooling of another one, and the trunk itself."""
+  x = block(x, 'one')
+  past = layers.MaxPooling2D(3, 1, 'same', name='max')(block(x, 'two'))
+  x = layers.Concatenate(name='join')([block(x, 'three'), past, x])
+  return classifier(block(x, 'four'))
+
+
+def dense_block(x):
+  """Each concatenation is joined again, and read by a convolution as well."""
+  x = block(x, 'one')
+  x = layers.Concatenate(name='join1')([x, block(x, 'two')])
+  x = layers.Concatenate(name='join2')([x, block(x, 'three')])
+  return classifier(block(x, 'four'))
+
+
+def squeeze(x):
+  x = block(x, 'one')
+  y = layers.GlobalAveragePooling2D(keepdims=True, name='mean')(x)
+  y = layers.Conv2D(2, 1, activation='relu', name='less')(y)
+  y = layers.Conv2D(4, 1, activation='sigmoid', name='gate')(y)
+  return classifier(block(layers.Multiply(name='product')([x, y]), 'two'))
+
+
+def widest(x):
+  return classifier(layers.Maximum(name='widest')([block(x, 'one'), block(x, 'two')]))
+
+
+def hyperbolic(x):
+  """Between convolutions there is something that only LiteRT computes in integers."""
+  x = layers.Activation('tanh', name='tanh1')(conv(block(x, 'one'), 'two'))
+  return conv(layers.Activation('tanh', name='tanh2')(x), 'end')
+
+
+TOPOLOGIES = {
+  plain: {
+    LITERT: ['in', 'one', 'two', 'pool', 'head'],
+    READERS: ['in', 'one', 'two', 'pool'],
+  },
+  residual: {
+    LITERT: ['in', 'one', 'two', 'bn', 'sum', 'pool', 'head'],
+    READERS: ['in', 'one', 'two', 'bn', 'sum', 'pool'],
+  },
+  inception: {
+    LITERT: ['in', 'one', 'two', 'three', 'four', 'pool', 'head'],
+    READERS: ['in', 'one', 'two', 'three', 'four', 'pool'],
+  },
+  dense_block: {
+    LITERT: ['in', 'one', 'two', 'three', 'four', 'pool', 'head'],
+    READERS: ['in', 'one', 'two', 'three', 'four', 'pool'],
+  },
+  squeeze: {
+    LITERT: [
+      *('in', 'one', 'mean', 'less', 'gate:preactivation', 'gate'),
+      *('product', 'two', 'pool', 'head'),
+    ],
+    # oneDNN computes a sigmoid behind a convolution before it rounds.
+    ('openvino',): ['in', 'one', 'mean', 'less', 'gate', 'product', 'two', 'pool'],
+    ('onnxruntime',): [
+      *('in', 'one', 'mean', 'less', 'gate:preactivation', 'gate'),
+      *('product', 'two', 'pool'),
+    ],
+  },
+  widest: {
+    ('all',): ['in', 'one', 'two', 'widest', 'pool', 'head'],
+    ('litert',): ['in', 'one', 'two', 'pool', 'head'],
+    # ONNX Runtime computes a maximum in float, and the average behind it in integers.
+    READERS: ['in', 'one', 'two', 'widest', 'pool'],
+  },
+  hyperbolic: {
+    LITERT: ['in', 'one', 'two', 'tanh1', 'tanh2', 'end'],
+    ('openvino',): ['in', 'one', 'tanh2'],
+    # A convolution writes 8 bits there, or computes in float.
+    ('onnxruntime',): ['in', 'one', 'two', 'tanh2', 'end'],
+  },
+}
+EXPECTED = [
+  (topology, device, expected)
+  for topology, by_devices in TOPOLOGIES.items()
+  for devices, expected in by_devices.items()
+  for device in devices
+]
+
+
+@pytest.mark.parametrize(
+  ('topology', 'device', 'expected'),
+  EXPECTED,
+  ids=[f'{topology.__name__}-{device}' for topology, device, _ in EXPECTED],
+)
+def test_each_topology_on_each_device(topology, device, expected):
+  assert sorted(places(model_of(topology), device)) == sorted(expected)
+
+
+def test_every_device_is_tested_on_every_topology():
+  for topology in TOPOLOGIES:
+    assert {device for each, device, _ in EXPECTED if each is topology} == set(DEVICES)
+
+
+@pytest.mark.parametrize('device', DEVICES)
+def test_what_is_joined_has_one_range_through_poolings_and_other_joins(device):
+  assert shared(model_of(inception), device) == [['one', 'three', 'two']]
+  assert shared(model_of(dense_block), device) == [['one', 'three', 'two']]
+
+
+@pytest.mark.parametrize('device', DEVICES)
+def test_two_joins_with_a_branch_in_common_have_one_range(device):
+  def body(x):
+    sides = [block(x, name) for name in ('one', 'two', 'three')]
+    joins = [layers.Concatenate()(sides[:2]), layers.Concatenate()(sides[1:])]
+    return classifier(layers.Add()([conv(join, f'end{i}') for i, join in enumerate(joins)]))
+
+  assert shared(model_of(body), device) == [['one', 'three', 'two']]
+
+
+@pytest.mark.parametrize('device', DEVICES)
+def test_summands_and_factors_keep_ranges_of_their_own(device):
+  assert shared(model_of(residual), device) == shared(model_of(squeeze), device) == []
+
+
+def test_a_maximum_has_one_range_where_its_kernel_takes_one():
+  groups = {device: shared(model_of(widest), device) for device in DEVICES}
+  assert groups == {'all': [], 'litert': [['one', 'two']], 'openvino': [], 'onnxruntime': []}
+
+
+@pytest.mark.parametrize('device', READERS)
+def test_joined_branches_that_nothing_reads_in_integers_have_no_common_range(device):
+  def body(x):
+    return layers.Activation('tanh')(layers.Concatenate()([block(x, 'one'), block(x, 'two')]))
+
+  assert shared(model_of(body), device) == []
+
+
+@pytest.mark.parametrize('device', READERS)
+def test_an_output_that_is_read_too_is_quantized(device):
+  inputs = keras.Input((8, 8, 4), name='in')
+  x = block(inputs, 'one')
+  assert 'one' in placed(keras.Model(inputs, [x, classifier(x)]), device)
+
+
+def test_what_cannot_be_moved_above_several_outputs_stays_below_them():
+  """A quantizer fits behind one output only; the reshape behind a split has one."""
+
+  def body(x):
+    left, _ = keras.ops.split(conv(x, 'conv'), 2, axis=-1)
+    return conv(layers.Reshape((8, 8, 2), name='shape')(left), 'end')
+
+  assert places(model_of(body), 'openvino') == ['in', 'shape']

@@ -100,6 +100,17 @@ def test_the_input_of_an_excluded_layer_is_left_float_and_so_is_its_output_at_th
   assert activations == {'in': 8, 'd0': 4}
 
 
+def test_a_device_is_one_for_all_layers_and_decides_where():
+  placed = {}
+  for device in ('all', 'openvino'):
+    uniform = Uniform([Rule(UniformConfig(4, 8, target_device=device))])
+    placed[device] = [path for path, point, _ in uniform.plan(Graph(chain(2))) if point == 'output']
+  assert placed == {'all': ['in', 'd0', 'd1'], 'openvino': ['in', 'd0']}
+  mixed = Rule(UniformConfig(4, 8, target_device='litert'), op_names=('d1',))
+  with pytest.raises(UserError, match='`target_device` must be the same for all layers'):
+    Uniform([Rule(UniformConfig()), mixed]).plan(Graph(chain(2)))
+
+
 def test_an_excluded_layer_in_the_middle():
   uniform = Uniform([Rule(UniformConfig(4, 4)), Rule(None, op_names=('d1',), exclude=True)])
   places = [place[:2] for place in uniform.plan(Graph(chain()))]
@@ -232,6 +243,7 @@ def test_sixteen_bits_compute_nearly_the_same():
     {'activation_bits': 31},
     {'end_bits': 20},
     {'granularity': 'row'},
+    {'target_device': 'gpu'},
     {'bucket_size': 0},
     {'scale_every': 0},
     {'momentum': 1.0},

@@ -10,7 +10,7 @@ from pocketsize.conversion import integer, kernels
 from pocketsize.errors import UserError
 from pocketsize.graph import Graph
 from pocketsize.instrument import ACTIVATION_POINTS, Instrumented
-from pocketsize.quantization.placement import MOVING
+from pocketsize.quantization.placement import JOINING, MOVING
 from pocketsize.quantization.range_quantizer import RangeQuantizer
 
 
@@ -88,12 +88,16 @@ class Deployed:
     if self.reads_operations(node):
       return None
     low_high = self._range_at(node, 'input')
-    while not low_high and node.inputs:
-      node = self.graph.producer(node.inputs[0])
-      low_high = self._range_at(node)
-      if type(node.operation).__name__ not in MOVING:
-        break
-    return low_high
+    return low_high or (self._range_of(node.inputs[0]) if node.inputs else None)
+
+  def _range_of(self, tensor):
+    """Returns the (low, high) of an 8-bit activation, perhaps moved or joined, or None."""
+    node = self.graph.producer(tensor)
+    low_high, name = self._range_at(node), type(node.operation).__name__
+    if low_high or name not in MOVING | JOINING:
+      return low_high
+    found = {self._range_of(each) for each in node.inputs[: None if name in JOINING else 1]}
+    return found.pop() if len(found) == 1 else None
 
   def _note(self, note, path):
     paths = self._paths_by_note.setdefault(note, [])

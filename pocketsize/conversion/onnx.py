@@ -15,16 +15,19 @@ from pocketsize.conversion.onnx_int4 import with_int4
 _OPSET = 17
 
 
-def convert(lowered, path, int4=True):
+def convert(lowered, path, int4=True, pairs_joins=True):
   """Writes an ONNX file with float32 inputs and outputs and a dynamic batch.
 
   Args:
     lowered: a `Lowered` model.
     path: of the file.
     int4: whether codes from -8 to 7 are stored in 4 bits.
+    pairs_joins: whether what joins quantized values has QuantizeLinear and DequantizeLinear behind
+      it, without which ONNX Runtime joins floats. OpenVINO looks through a concatenation by itself,
+      and joins floats and rounds them if there is one.
 
   Returns:
-    The list of kernels that are.
+    The list of kernels whose codes are stored in 4 bits.
 
   Raises:
     UserError: a package is missing, or tf2onnx refuses an operation.
@@ -37,7 +40,7 @@ def convert(lowered, path, int4=True):
   for kernel, stand_in in zip(lowered.kernels, lowered.stand_ins, strict=True):
     graph.place(kernel, stand_in)
   if lowered.has_activations:
-    graph.pair_moves()
+    graph.pair_moves(pairs_joins)
     graph.quantize_biases()
   packed = with_int4(onnx, model) if int4 else None
   model = packed or model

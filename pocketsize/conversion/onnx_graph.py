@@ -23,6 +23,16 @@ _MOVING = frozenset(
     'Gather',
   }
 )
+# They move values where all that they read has one step.
+_JOINING = frozenset({'Concat', 'Max', 'Min'})
+
+
+def _are_equal(step, other, constants):
+  """Returns whether two lists of names stand for the same values."""
+  return step == other or (
+    len(step) == len(other)
+    and all(np.array_equal(constants[a], constants[b]) for a, b in zip(step, other, strict=True))
+  )
 
 
 class OnnxGraph:
@@ -140,23 +150,37 @@ class OnnxGraph:
     self._add_constant(f'{name}_zero', np.zeros(scale.shape, dtype))
     self._insert(0, 'DequantizeLinear', [codes, f'{name}_scale', f'{name}_zero'], name, axis=axis)
 
-  def pair_moves(self):
-    """Puts a QuantizeLinear/DequantizeLinear pair behind what only moves quantized values."""
+  def pair_moves(self, joins):
+    """Puts a QuantizeLinear/DequantizeLinear pair behind what only moves quantized values.
+
+    Args:
+      joins: whether also behind what joins values of one step.
+    """
     for node in list(self._graph.node):
-      source = self._producers().get(node.input[0]) if node.input else None
+      step = self._moved_step(node, self._producers())
       readers = self._readers(node.output[0])
       if (
-        node.op_type not in _MOVING
-        or source is None
-        or source.op_type != 'DequantizeLinear'
+        node.op_type not in (_MOVING | _JOINING if joins else _MOVING)
+        or not step
         or all(reader.op_type == 'QuantizeLinear' for reader in readers)
       ):
         continue
-      name, step = node.output[0], list(source.input[1:])
+      name = node.output[0]
       node.output[0] = f'{name}_moved'
       index = [other.output[0] for other in self._graph.node].index(node.output[0]) + 1
       self._insert(index, 'QuantizeLinear', [f'{name}_moved', *step], f'{name}_codes')
       self._insert(index + 1, 'DequantizeLinear', [f'{name}_codes', *step], name)
+
+  def _moved_step(self, node, producers):
+    """Returns the names of scale and zero point of what `node` writes; [] unless it moves it."""
+    if node is not None and node.op_type == 'DequantizeLinear':
+      return list(node.input[1:])
+    if node is None or not node.input or node.op_type not in _MOVING | _JOINING:
+      return []
+    names = node.input if node.op_type in _JOINING else node.input[:1]
+    first, *others = [self._moved_step(producers.get(name), producers) for name in names]
+    constants = self._constants() if any(step != first for step in others) else {}
+    return first if all(_are_equal(step, first, constants) for step in others) else []
 
   def quantize_biases(self):
     """Makes biases int32 multiples of (input step * weight step), as integer kernels want them.

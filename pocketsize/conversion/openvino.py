@@ -33,7 +33,7 @@ def convert(lowered, path, int4=True):
   openvino = require('openvino', 'to write OpenVINO files')
   with tempfile.TemporaryDirectory() as folder:
     source = pathlib.Path(folder, 'model.onnx')
-    onnx.convert(lowered, source, int4=False)
+    onnx.convert(lowered, source, int4=False, pairs_joins=False)
     try:
       model = openvino.convert_model(str(source))
     except Exception as error:

@@ -16,7 +16,7 @@ from pocketsize.quantization.binary_quantizers import (
   BinaryKernel,
   Switched,
 )
-from pocketsize.quantization.placement import kernel_nodes
+from pocketsize.quantization.fusion import kernel_nodes
 from pocketsize.transform import Placement
 
 # Depthwise kernels and those of attention have too few weights to an output for a sign to say much.

@@ -1,50 +1,31 @@
-"""Where activations are quantized: at the tensors that an integer kernel writes.
+"""Where activations are quantized: at the tensors that a device's integer kernels read or write.
 
-A convolution or dense layer with its batch norm and ReLU is one kernel, so is an addition with its
-ReLU; each writes one tensor. A layer with another activation of its own, such as
-`Dense(activation='softmax')`, writes one before it. What only moves values writes its input's scale
-and gets no quantizer.
+A kernel with all that belongs to it (`fusion`) writes one tensor, and nothing is quantized inside.
+A layer with another activation of its own, such as `Dense(activation='softmax')`, writes one before
+it. What only moves values writes its input's scale and gets no quantizer; what joins values does so
+if they have one scale, which they then get.
 """
 
 import dataclasses
+import functools
 
 import keras
 
-from pocketsize import targets
-from pocketsize.graph import IDENTITIES
-
-# They move or select values, and zero is the only new one: output scale = input scale.
-MOVING = frozenset(
-  {
-    *IDENTITIES,
-    'MaxPooling1D',
-    'MaxPooling2D',
-    'MaxPooling3D',
-    'GlobalMaxPooling1D',
-    'GlobalMaxPooling2D',
-    'GlobalMaxPooling3D',
-    'ZeroPadding1D',
-    'ZeroPadding2D',
-    'ZeroPadding3D',
-    'Cropping1D',
-    'Cropping2D',
-    'Cropping3D',
-    'Reshape',
-    'Flatten',
-    'Permute',
-    'RepeatVector',
-    'Pad',
-    'GetItem',
-    'Transpose',
-    'Squeeze',
-    'ExpandDims',
-    'Take',
-  }
+from pocketsize.quantization.devices import DEFAULT, DEVICES
+from pocketsize.quantization.fusion import (
+  FLOAT_ENDS,
+  MOVING,
+  ends_in_relu,
+  has_weights,
+  is_fixed,
+  is_relu,
+  kernel_nodes,
+  kind,
+  own_activation,
 )
-# No format takes a learned range for them: LiteRT has the fixed step 1/256, the others compute in
-# float.
-FLOAT_ENDS = frozenset({'Softmax', 'LogSoftmax'})
-_FLOAT_ACTIVATIONS = ('softmax', 'log_softmax')
+
+# They select or join values: output scale = input scale where all inputs have the same.
+JOINING = frozenset().union(*(device.joiners for device in DEVICES.values()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +35,8 @@ class QuantizedTensor:
   Attributes:
     path: path of the node that writes it.
     point: 'output', or 'preactivation' for what the node's own activation reads.
+    group: a number; tensors of the same group have one range.
+    calls: how often the path is called, each time with a tensor of that range.
     nonnegative: a ReLU writes it.
     readers: paths of the weighted layers that read it, perhaps through nodes without weights.
     reaches_output: whether it reaches an output of the model that way.
@@ -61,60 +44,11 @@ class QuantizedTensor:
 
   path: str
   point: str
+  group: int
+  calls: int
   nonnegative: bool
   readers: tuple
   reaches_output: bool
-
-
-def kind(node):
-  """Returns the class name of a node's operation; Activation layers by their function."""
-  name = type(node.operation).__name__
-  if name == 'Activation':
-    return {'relu': 'ReLU', 'linear': 'Identity', 'softmax': 'Softmax', 'relu6': 'Relu6'}.get(
-      getattr(node.operation.activation, '__name__', ''), name
-    )
-  return name
-
-
-def is_relu(node):
-  """Returns whether a node is a ReLU that runtimes fuse into the kernel before it."""
-  if type(node.operation) is keras.layers.ReLU:
-    return node.operation.negative_slope == 0 and node.operation.threshold == 0
-  return kind(node) in ('ReLU', 'Relu', 'Relu6')
-
-
-def has_weights(node):
-  """Returns whether a node's kernel multiplies by weights."""
-  return type(node.operation).__name__ in targets.WEIGHTS_BY_TYPE
-
-
-def _activation(node):
-  activation = getattr(node.operation, 'activation', None)
-  return 'linear' if activation is None else getattr(activation, '__name__', repr(activation))
-
-
-def _ends_in_relu(node):
-  return _activation(node) in ('relu', 'relu6')
-
-
-def kernel_nodes(graph, node):
-  """Returns the nodes that one kernel computes, from `node` on: with batch norm and ReLU."""
-  nodes = [node]
-  while not node.is_input and node.outputs[0] not in graph.outputs:
-    consumers = graph.consumers(node.outputs[0])
-    if len(consumers) != 1:
-      break
-    follower = consumers[0]
-    folds = (
-      isinstance(follower.operation, keras.layers.BatchNormalization)
-      and has_weights(node)
-      and _activation(node) == 'linear'
-    )
-    if not (folds or (is_relu(follower) and _activation(node) == 'linear' and not is_relu(node))):
-      break
-    nodes.append(follower)
-    node = follower
-  return nodes
 
 
 def _readers(graph, tensor):
@@ -134,26 +68,115 @@ def _readers(graph, tensor):
   return tuple(readers), reaches
 
 
-def quantized_tensors(graph):
-  """Returns the `QuantizedTensor`s of a `Graph`, in the order of execution, each path once."""
-  tensors, done = {}, set()
+def _joins(node, device):
+  """Returns whether `node` hands on what it reads, if that has one range: no constant among it."""
+  given = (node.arguments.args, node.arguments.kwargs) if node.inputs else ()
+  return type(node.operation).__name__ in device.joiners and (
+    len(keras.tree.flatten(given)) == len(node.inputs)
+  )
+
+
+class _Walk:
+  """Goes through a graph and collects places, (path, point), some of which have one range.
+
+  Args:
+    graph: a `Graph`.
+    device: a `Device`.
+
+  Attributes:
+    groups: {place: number of its range}.
+  """
+
+  def __init__(self, graph, device):
+    self._graph = graph
+    self._device = device
+    self.groups = {}
+    # What is joined over and over, as in a dense block, is walked once.
+    self._writers = functools.cache(self._find_writers)
+    done = set()
+    for node in graph.nodes:
+      if id(node) in done or kind(node) in MOVING:
+        continue
+      nodes = kernel_nodes(graph, node)
+      done.update(map(id, nodes))
+      self._visit(node, nodes[-1])
+
+  def _visit(self, node, last):
+    """Adds what one kernel reads and writes, which begins at `node` and ends with `last`."""
+    name, device = type(node.operation).__name__, self._device
+    if name in device.readers:
+      for tensor in node.inputs:
+        self._add_writers(tensor)
+    writes = kind(node) not in FLOAT_ENDS if device.writers is None else name in device.writers
+    if not writes or len(last.outputs) != 1:
+      return
+    has_own = has_weights(last) and not (own_activation(last) == 'linear' or ends_in_relu(last))
+    if has_own and self._is_float(last):
+      self._add([(last.path, 'preactivation')])
+    if device.writers is None or not has_own:
+      self._add_writers(last.outputs[0])
+
+  def _add_writers(self, tensor):
+    self._add([(node.path, 'output') for node in self._writers(tensor) if self._takes_range(node)])
+
+  def _takes_range(self, node):
+    """Returns whether a quantizer fits behind `node`."""
+    return (
+      len(node.outputs) == 1
+      and self._is_float(node)
+      and not (self._device.writers is None and is_fixed(node))
+    )
+
+  def _is_float(self, node):
+    return self._graph.dtype(node.outputs[0]).startswith('float')
+
+  def _find_writers(self, tensor):
+    """Returns the nodes that wrote the values of `tensor`, above what moved and joined them."""
+    node = self._graph.producer(tensor)
+    if kind(node) in MOVING:
+      tensors = node.inputs[:1]
+    elif _joins(node, self._device):
+      tensors = node.inputs
+    else:
+      return (node,)
+    found = tuple(writer for each in tensors for writer in self._writers(each))
+    return found if all(map(self._takes_range, found)) else (node,)
+
+  def _add(self, places):
+    """Adds places that have one range, with all that have the range of one of them."""
+    joined = {self.groups[place] for place in places if place in self.groups}
+    number = min(joined, default=len(self.groups))
+    for place, other in self.groups.items():
+      if other in joined:
+        self.groups[place] = number
+    self.groups.update(dict.fromkeys(places, number))
+
+
+def quantized_tensors(graph, device=DEFAULT):
+  """Returns the `QuantizedTensor`s of a `Graph`, in the order of execution, each place once.
+
+  Args:
+    graph: a `Graph`.
+    device: a name in `DEVICES`.
+  """
+  groups = _Walk(graph, DEVICES[device]).groups
+  calls = {}
   for node in graph.nodes:
-    if id(node) in done or len(node.outputs) != 1 or kind(node) in MOVING | FLOAT_ENDS:
-      continue
-    if not graph.dtype(node.outputs[0]).startswith('float'):
-      continue
-    nodes = kernel_nodes(graph, node)
-    done.update(map(id, nodes))
-    last = nodes[-1]
-    points = []
-    if has_weights(last) and not (_activation(last) == 'linear' or _ends_in_relu(last)):
-      points.append('preactivation')
-    if _activation(last) not in _FLOAT_ACTIVATIONS:
-      points.append('output')
-    readers, reaches = _readers(graph, last.outputs[0])
-    for point in points:
-      nonnegative = point == 'output' and (is_relu(last) or _ends_in_relu(last))
-      tensors.setdefault(
-        (last.path, point), QuantizedTensor(last.path, point, nonnegative, readers, reaches)
-      )
-  return list(tensors.values())
+    calls.setdefault(node.path, []).append(node)
+  tensors = []
+  for path, nodes in calls.items():
+    for point in ('preactivation', 'output'):
+      if (path, point) in groups:
+        read = [_readers(graph, node.outputs[0]) for node in nodes]
+        tensors.append(
+          QuantizedTensor(
+            path,
+            point,
+            groups[path, point],
+            len(nodes),
+            point == 'output' and (is_relu(nodes[0]) or ends_in_relu(nodes[0])),
+            tuple(dict.fromkeys(reader for readers, _ in read for reader in readers)),
+            any(reaches for _, reaches in read),
+          )
+        )
+  return tensors

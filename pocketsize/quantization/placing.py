@@ -1,7 +1,8 @@
 """What compressors that quantize have in common: a layer's configuration, and the plan.
 
 The first and the last layer have more bits than the others; a quantizer goes to each kernel, and to
-each tensor that `placement` names if one of its readers asks for it.
+each tensor that `placement` names for the device if one of its readers asks for it. Tensors of one
+range get the same quantizer, with the bits of the one that has most.
 """
 
 import abc
@@ -11,9 +12,11 @@ from typing import ClassVar
 from pocketsize import targets
 from pocketsize.compressor import Compressor
 from pocketsize.errors import UserError
+from pocketsize.quantization.devices import DEFAULT, DEVICES
 from pocketsize.quantization.groups import GRANULARITIES
 from pocketsize.quantization.placement import quantized_tensors
-from pocketsize.quantization.quantizers import BITS, ActivationQuantizer
+from pocketsize.quantization.quantizers import BITS
+from pocketsize.quantization.shared import running_range
 from pocketsize.sparsity.frozen_zeros import freeze_zeros
 from pocketsize.transform import Placement
 
@@ -36,6 +39,8 @@ class QuantizationConfig:
     end_weight_bits: instead of `end_bits` for the weights; None: the same.
     momentum: of the activations' running ranges, in [0, 1).
     keep_zeros: weights of exactly 0, such as pruned ones, stay 0 while the model is trained.
+    target_device: the runtime that decides where activations are quantized, 'litert', 'openvino' or
+      'onnxruntime', or 'all'; one for all layers.
   """
 
   WEIGHT_BITS: ClassVar[range] = BITS
@@ -48,6 +53,7 @@ class QuantizationConfig:
   end_weight_bits: int | None = None
   momentum: float = 0.99
   keep_zeros: bool = True
+  target_device: str = DEFAULT
 
   def __post_init__(self):
     for name, legal in (('weight_bits', self.WEIGHT_BITS), ('activation_bits', BITS)):
@@ -64,10 +70,11 @@ class QuantizationConfig:
           f'`{name}` must be 0 (treat them like the others), from {legal[0]} to {legal[-1]}, or '
           f'{FLOAT_BITS} for float. Received: {bits}.'
         )
-    if self.granularity not in GRANULARITIES:
-      raise UserError(
-        f'`granularity` must be one of {", ".join(GRANULARITIES)}. Received: {self.granularity!r}.'
-      )
+    for name, legal in (('granularity', GRANULARITIES), ('target_device', DEVICES)):
+      if getattr(self, name) not in legal:
+        raise UserError(
+          f'`{name}` must be one of {", ".join(legal)}. Received: {getattr(self, name)!r}.'
+        )
     if self.bucket_size < 1 or not 0.0 <= self.momentum < 1.0:
       raise UserError(
         '`bucket_size` must be at least 1 and `momentum` in [0, 1). '
@@ -100,15 +107,17 @@ class Quantization(Compressor):
       channel_axes: axes of the kernel that count the output channels.
     """
 
-  def activation_quantizer(self, config, bits, nonnegative):
-    """Returns the quantizer of a tensor: running averages, unless an algorithm has others.
+  def activation_quantizer(self, config, bits, nonnegative, calls):
+    """Returns the quantizer of tensors of one range: running averages, unless an algorithm has
+    others.
 
     Args:
-      config: of the first layer that reads it.
+      config: of the first layer that reads them.
       bits: 1 to 16.
-      nonnegative: a ReLU writes it.
+      nonnegative: a ReLU writes each of them.
+      calls: how many they are.
     """
-    return ActivationQuantizer(bits, config.momentum, nonnegative)
+    return running_range(calls, bits, config.momentum, nonnegative)
 
   def plan(self, graph):
     configs, self.skipped = targets.resolve(graph, self.rules)
@@ -127,18 +136,37 @@ class Quantization(Compressor):
     return freeze_zeros(graph, kept) + weights + self._activations(graph)
 
   def _activations(self, graph):
-    placements = []
-    for tensor in quantized_tensors(graph):
-      readers = [self.configs[path] for path in tensor.readers if path in self.configs]
-      writer = self._writer(graph, tensor.path)
-      bits = [config.activation_bits for config in readers if config.activation_bits != FLOAT_BITS]
-      if tensor.reaches_output and writer and writer.activation_bits != FLOAT_BITS:
-        bits.append(max(END_BITS, writer.activation_bits))
+    devices = sorted({config.target_device for config in self.configs.values()})
+    if len(devices) > 1:
+      raise UserError(
+        '`target_device` must be the same for all layers: a file is for one runtime or for all. '
+        f'Received: {", ".join(devices)}.'
+      )
+    groups = {}
+    for tensor in quantized_tensors(graph, *devices):
+      config, bits = self._asked_for(graph, tensor)
       if bits:
-        config = (readers or [writer])[0]
-        quantizer = self.activation_quantizer(config, max(bits), tensor.nonnegative)
-        placements.append(Placement(tensor.path, tensor.point, quantizer))
+        groups.setdefault(tensor.group, []).append((tensor, config, bits))
+    placements = []
+    for group in groups.values():
+      tensors, configs, bits = zip(*group, strict=True)
+      quantizer = self.activation_quantizer(
+        configs[0],
+        max(bits),
+        all(tensor.nonnegative for tensor in tensors),
+        sum(tensor.calls for tensor in tensors),
+      )
+      placements += [Placement(tensor.path, tensor.point, quantizer) for tensor in tensors]
     return placements
+
+  def _asked_for(self, graph, tensor):
+    """Returns (the configuration that decides how a tensor is quantized, its bits or 0)."""
+    readers = [self.configs[path] for path in tensor.readers if path in self.configs]
+    writer = self._writer(graph, tensor.path)
+    bits = [config.activation_bits for config in readers if config.activation_bits != FLOAT_BITS]
+    if tensor.reaches_output and writer and writer.activation_bits != FLOAT_BITS:
+      bits.append(max(END_BITS, writer.activation_bits))
+    return (readers or [writer])[0], max(bits, default=0)
 
   def _writer(self, graph, path):
     """Returns the configuration of the nearest weighted layer before `path`, or None."""

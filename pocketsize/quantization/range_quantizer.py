@@ -26,6 +26,7 @@ class RangeQuantizer(Calibrated):
   """
 
   symmetric = False
+  is_shareable = True
 
   def __init__(self, bits=8, nonnegative=False, start=ranges.AUTO, **kwargs):
     super().__init__(**kwargs)

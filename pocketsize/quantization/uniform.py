@@ -17,7 +17,8 @@ from pocketsize.quantization.dorefa import Dorefa
 from pocketsize.quantization.folded import Factors, FoldedQuantizer, folded
 from pocketsize.quantization.learned import LearnedRange, LearnedScale, Pact
 from pocketsize.quantization.placing import Quantization, QuantizationConfig
-from pocketsize.quantization.quantizers import ActivationQuantizer, WeightQuantizer
+from pocketsize.quantization.quantizers import WeightQuantizer
+from pocketsize.quantization.shared import running_range
 
 WEIGHT_RANGES = ('fitted', 'learned', 'learned_log2', 'dorefa', 'asymmetric')
 ACTIVATION_RANGES = ('running', 'learned', 'learned_symmetric', 'pact')
@@ -101,12 +102,12 @@ class Uniform(Quantization):
     log2 = config.weight_range == 'learned_log2'
     return LearnedScale(*arguments, start=config.range_start, log2=log2)
 
-  def activation_quantizer(self, config, bits, nonnegative):
+  def activation_quantizer(self, config, bits, nonnegative, calls):
     start, kind = config.range_start, config.activation_range
     if kind == 'pact' and nonnegative:
       return Pact(bits, config.pact_decay, start=start)
     if kind in ('running', 'pact'):
-      return ActivationQuantizer(bits, config.momentum, nonnegative, start=start)
+      return running_range(calls, bits, config.momentum, nonnegative, start=start)
     symmetric = kind == 'learned_symmetric'
     return LearnedRange(bits, nonnegative, start=start, symmetric=symmetric)
 
