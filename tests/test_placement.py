@@ -6,9 +6,12 @@ import pytest
 from keras import layers
 from toys import conv_net, nested_net, sequential_net, shared_net
 
+from pocketsize.errors import UserError
 from pocketsize.graph import Graph
 from pocketsize.quantization.devices import DEFAULT, DEVICES
 from pocketsize.quantization.placement import quantized_tensors
+from pocketsize.quantization.uniform import Uniform, UniformConfig
+from pocketsize.targets import Rule
 
 LITERT = ('all', 'litert')
 READERS = ('openvino', 'onnxruntime')
@@ -443,3 +446,27 @@ def test_what_cannot_be_moved_above_several_outputs_stays_below_them():
     return conv(layers.Reshape((8, 8, 2), name='shape')(left), 'end')
 
   assert places(model_of(body), 'openvino') == ['in', 'shape']
+
+
+def behind_softmax():
+  inputs = keras.Input((6,), name='in')
+  x = layers.Softmax(name='softmax')(layers.Dense(4, name='one')(inputs))
+  return Graph(keras.Model(inputs, layers.Dense(3, name='head')(layers.Reshape((4,))(x))))
+
+
+def test_a_layer_whose_input_cannot_be_quantized_is_reported():
+  compressor = Uniform([Rule(UniformConfig())])
+  planned = [placement[:2] for placement in compressor.plan(behind_softmax())]
+  assert planned[2:] == [('in', 'output'), ('one', 'output'), ('head', 'output')]
+  assert compressor.skipped == {
+    'head': 'its activations only: what it reads cannot be quantized',
+  }
+  compressor = Uniform([Rule(UniformConfig(target_device='openvino'))])
+  assert ('softmax', 'output') in [placement[:2] for placement in compressor.plan(behind_softmax())]
+  assert not compressor.skipped
+
+
+def test_activation_bits_for_layers_that_have_none_to_quantize_are_refused():
+  config = UniformConfig(activation_bits=4, end_bits=0)
+  with pytest.raises(UserError, match='must be 32 .* on device .all.. Received: 4 for head'):
+    Uniform([Rule(config, op_names=('head',))]).plan(behind_softmax())

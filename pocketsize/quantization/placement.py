@@ -85,6 +85,7 @@ class _Walk:
 
   Attributes:
     groups: {place: number of its range}.
+    writers: function from a tensor to the nodes that wrote it, above what moved and joined it.
   """
 
   def __init__(self, graph, device):
@@ -92,7 +93,7 @@ class _Walk:
     self._device = device
     self.groups = {}
     # What is joined over and over, as in a dense block, is walked once.
-    self._writers = functools.cache(self._find_writers)
+    self.writers = functools.cache(self._find_writers)
     done = set()
     for node in graph.nodes:
       if id(node) in done or kind(node) in MOVING:
@@ -117,7 +118,7 @@ class _Walk:
       self._add_writers(last.outputs[0])
 
   def _add_writers(self, tensor):
-    self._add([(node.path, 'output') for node in self._writers(tensor) if self._takes_range(node)])
+    self._add([(node.path, 'output') for node in self.writers(tensor) if self._takes_range(node)])
 
   def _takes_range(self, node):
     """Returns whether a quantizer fits behind `node`."""
@@ -131,7 +132,6 @@ class _Walk:
     return self._graph.dtype(node.outputs[0]).startswith('float')
 
   def _find_writers(self, tensor):
-    """Returns the nodes that wrote the values of `tensor`, above what moved and joined them."""
     node = self._graph.producer(tensor)
     if kind(node) in MOVING:
       tensors = node.inputs[:1]
@@ -139,7 +139,7 @@ class _Walk:
       tensors = node.inputs
     else:
       return (node,)
-    found = tuple(writer for each in tensors for writer in self._writers(each))
+    found = tuple(writer for each in tensors for writer in self.writers(each))
     return found if all(map(self._takes_range, found)) else (node,)
 
   def _add(self, places):
@@ -180,3 +180,19 @@ def quantized_tensors(graph, device=DEFAULT):
           )
         )
   return tensors
+
+
+def sources(graph, device=DEFAULT):
+  """Returns {path of a weighted layer: places that wrote what it reads, above what moved it}.
+
+  Args:
+    graph: a `Graph`.
+    device: a name in `DEVICES`.
+  """
+  walk, found = _Walk(graph, DEVICES[device]), {}
+  for node in graph.nodes:
+    if has_weights(node):
+      found.setdefault(node.path, set()).update(
+        (writer.path, 'output') for tensor in node.inputs for writer in walk.writers(tensor)
+      )
+  return found

@@ -14,7 +14,7 @@ from pocketsize.compressor import Compressor
 from pocketsize.errors import UserError
 from pocketsize.quantization.devices import DEFAULT, DEVICES
 from pocketsize.quantization.groups import GRANULARITIES
-from pocketsize.quantization.placement import quantized_tensors
+from pocketsize.quantization.placement import quantized_tensors, sources
 from pocketsize.quantization.quantizers import BITS
 from pocketsize.quantization.shared import running_range
 from pocketsize.sparsity.frozen_zeros import freeze_zeros
@@ -132,8 +132,10 @@ class Quantization(Compressor):
       if config.weight_bits != FLOAT_BITS
       for point in targets.weight_points(graph.layers[path])
     ]
+    activations = self._activations(graph)
+    self._note_float_inputs(graph, {placement[:2] for placement in activations})
     kept = [path for path, config in self.configs.items() if config.keep_zeros]
-    return freeze_zeros(graph, kept) + weights + self._activations(graph)
+    return freeze_zeros(graph, kept) + weights + activations
 
   def _activations(self, graph):
     devices = sorted({config.target_device for config in self.configs.values()})
@@ -158,6 +160,27 @@ class Quantization(Compressor):
       )
       placements += [Placement(tensor.path, tensor.point, quantizer) for tensor in tensors]
     return placements
+
+  def _note_float_inputs(self, graph, places):
+    """Reports the layers that shall read quantized activations and can not, or raises if all are.
+
+    Args:
+      places: where activations are quantized, (path, point).
+    """
+    asked = [path for path in self.configs if self.configs[path].activation_bits != FLOAT_BITS]
+    if not asked:
+      return
+    device = self.configs[asked[0]].target_device
+    sources_by_path = sources(graph, device)
+    bare = [path for path in asked if not sources_by_path[path] & places]
+    if bare == asked:
+      received = ', '.join(f'{self.configs[path].activation_bits} for {path}' for path in bare)
+      raise UserError(
+        f'`activation_bits` must be {FLOAT_BITS} for layers of which no input can be quantized: '
+        f'they read integers, or what a softmax gives, which stays float on device {device!r}. '
+        f'Received: {received}.'
+      )
+    self.skipped |= dict.fromkeys(bare, 'its activations only: what it reads cannot be quantized')
 
   def _asked_for(self, graph, tensor):
     """Returns (the configuration that decides how a tensor is quantized, its bits or 0)."""
