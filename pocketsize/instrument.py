@@ -23,6 +23,8 @@ class Instrumented(keras.Model):
     graph: its `Graph`.
     transforms: all transforms, in order of placement.
     stack: the `Stack` whose loss training adds, or None. Not saved.
+    computed_by: `computed_by(node, args, kwargs, training)` computes a node and the transforms at
+      it in place of this class, such as layers of another library; None as a rule. Not saved.
   """
 
   def __init__(self, source, placements=(), name=None, **kwargs):
@@ -30,6 +32,7 @@ class Instrumented(keras.Model):
     self.source = source
     self.graph = Graph(source)
     self.stack = None
+    self.computed_by = None
     placements = sorted(placements, key=lambda placement: placement.transform.order)
     self._places = [(placement.path, placement.point) for placement in placements]
     self.transforms = [placement.transform for placement in placements]
@@ -116,14 +119,18 @@ class Instrumented(keras.Model):
     Args:
       inputs: as `source` takes them.
       training: as for any Keras model.
-      activate: `activate(transform, x)` in place of applying a transform to an activation.
+      activate: `activate(transform, x)` in place of applying a transform to an activation; with it
+        `computed_by` is passed by.
       observe: `observe(node, outputs)` is told what each node computes.
     """
+    compute = self._call_node
+    if self.computed_by and not activate:
+      compute = self._call_elsewhere
     activate = activate or (lambda transform, x: transform(x, training=training))
     model = functional(self.source)
 
     def call(node, args, kwargs):
-      outputs = self._call_node(node, args, kwargs, training, activate)
+      outputs = compute(node, args, kwargs, training, activate)
       if observe:
         observe(node, outputs)
       return outputs
@@ -144,6 +151,9 @@ class Instrumented(keras.Model):
     for transform in self.transforms_at(node.path, 'output'):
       outputs = activate(transform, outputs)
     return outputs
+
+  def _call_elsewhere(self, node, args, kwargs, training, activate):
+    return self.computed_by(node, args, kwargs, bool(training) and not node.inference_only)
 
   def _compute_node(self, node, args, kwargs, training):
     if node.is_input:

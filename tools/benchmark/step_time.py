@@ -30,6 +30,7 @@ from pocketsize.configure import compress
 from pocketsize.errors import UserError
 from pocketsize.instrument import instrument
 from pocketsize.options import check_options, option
+from pocketsize.quantization.twin import build_twin
 from pocketsize.quantization.uniform import UniformConfig
 from pocketsize.sparsity.magnitude import MagnitudeConfig
 
@@ -79,10 +80,7 @@ class Bench:
     return self.helper.build()
 
   def twin(self):
-    # Imported here: without tfmot the variants that do not need it still run.
-    from tools.benchmark.twin import build_twin
-
-    return build_twin(self.net())
+    return build_twin(self.net()).model
 
   def keras(self, model, before=lambda number: None, **fields):
     """Returns the variant that trains a Keras 3 model after `before(number)`."""
