@@ -24,7 +24,7 @@ class UniformTf(Learner):
     )
     uqtf_freeze_bn_delay: int | None = option(
       None,
-      'steps of training after which batch norms use and keep their moving statistics; unset: never',
+      'steps of training after which batch norms keep their moving statistics; unset: never',
       lower=0,
     )
     uqtf_lrn_rate_dcy: float = option(

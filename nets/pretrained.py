@@ -109,7 +109,13 @@ def _read(path, read):
 
 
 def _from_keras(path):
-  return [np.array(weight) for weight in keras.models.load_model(path, compile=False).weights]
+  saved = keras.models.load_model(path, compile=False)
+  if isinstance(saved, Instrumented):
+    raise UserError(
+      f'Pretrained file {path}: must hold a float model, such as final.keras of a work folder. '
+      'Received: a model that has been quantized already.'
+    )
+  return [np.array(weight) for weight in saved.weights]
 
 
 def _from_npz(name_by_path, path):

@@ -6,7 +6,7 @@ from pocketsize import compressor, targets
 from pocketsize.calibration import calibrate, fit_scales
 from pocketsize.errors import UserError
 from pocketsize.graph import Graph
-from pocketsize.instrument import instrument
+from pocketsize.instrument import Instrumented, instrument
 
 _TARGET_KEYS = ('algorithm', 'op_types', 'op_names', 'exclude')
 
@@ -67,7 +67,18 @@ def _rule(entry, config_type, fields):
 
 
 def attach(model, stack):
-  """Returns `model` instrumented with what `stack` plans, and bound to it."""
+  """Returns `model` instrumented with what `stack` plans, and bound to it.
+
+  Raises:
+    UserError: a model that is instrumented already, or whose graph cannot be seen.
+  """
+  if isinstance(model, Instrumented):
+    kinds = dict.fromkeys(type(transform).__name__ for transform in model.transforms)
+    raise UserError(
+      'A model is compressed once: give all algorithms in one config_list, or `strip(model)`, which'
+      f' has the weights as deployed. Received: {model.name!r}, which has been compressed already '
+      f'({", ".join(kinds) or "by nothing"}).'
+    )
   instrumented = instrument(model, stack.plan(Graph(model)))
   stack.bind(instrumented)
   return instrumented
@@ -88,7 +99,8 @@ def compress(model, config_list, *, calibration=None):
       training batch sets them.
 
   Raises:
-    UserError: a model whose graph cannot be seen, or a config_list that makes no sense.
+    UserError: a model that was compressed already or whose graph cannot be seen, or a config_list
+      that makes no sense.
   """
   stack = stack_from(config_list)
   instrumented = attach(model, stack)

@@ -14,7 +14,7 @@ import pytest
 
 from nets import convnet_at_digits, resnet_at_cifar10
 from pocketsize.quantization.twin import build_twin
-from tools.benchmark import step_time
+from tools.benchmark import rounds, step_time, step_variants
 
 ROOT = pathlib.Path(__file__).parents[1]
 needs_references = pytest.mark.skipif(
@@ -50,7 +50,7 @@ def test_the_twin_computes_the_same(module, options):
 
 
 @needs_references
-@pytest.mark.parametrize('operation', [keras.layers.Softmax(name='odd'), keras.ops.negative])
+@pytest.mark.parametrize('operation', [keras.layers.PReLU(name='odd'), keras.ops.negative])
 def test_what_has_no_twin_is_refused(operation):
   inputs = keras.Input((4,))
   with pytest.raises(ValueError, match='A tf_keras twin has .* Received: '):
@@ -65,14 +65,14 @@ def test_step_time_by_its_path(tmp_path):
   result = subprocess.run(
     [
       sys.executable, 'tools/benchmark/step_time.py', '--rounds=1', '--batch_size=4',
-      '--shortcut=pad', '--variants=float,tfmot-quantize', f'--json={file}',
+      '--shortcut=pad', '--variants=float,binary,tfmot-quantize', f'--json={file}',
     ],
     cwd=ROOT, env={**os.environ, 'PYTHONPATH': str(ROOT)}, capture_output=True, text=True,
   )  # fmt: skip
   assert result.returncode == 0, result.stderr
   numbers = json.loads(file.read_text())
   rows = {row['variant']: row for row in numbers['rows']}
-  assert list(rows) == ['float', 'tfmot-quantize']
+  assert list(rows) == ['float', 'binary', 'tfmot-quantize']
   assert rows['float']['to_float'] == 1.0
   assert rows['tfmot-quantize']['to_float'] > 0
   assert rows['float']['to_tf_keras'] is None
@@ -80,12 +80,26 @@ def test_step_time_by_its_path(tmp_path):
   assert numbers['batch_size'] == 4
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(
+  not importlib.util.find_spec('brevitas'), reason='Brevitas has an environment of its own'
+)
+def test_step_time_of_brevitas_by_its_path():
+  result = subprocess.run(
+    [sys.executable, 'tools/benchmark/brevitas_step_time.py', '--rounds=1', '--batch_size=2'],
+    cwd=ROOT, capture_output=True, text=True,
+  )  # fmt: skip
+  assert result.returncode == 0, result.stderr
+  assert 'brevitas-8-8' in result.stdout
+
+
 def test_updates_count_by_their_share():
   """100 and 150 ms a step, 350 with an update, every 50 steps: (49 * 1.5 + 3.5) / 50 = 1.54."""
-  rows = step_time.summarize(
+  rows = rounds.summarize(
     {'float': [0.1, 0.2, 0.1], 'pruned': [0.15, 0.3, 0.15]},
     {'float': [0.1, 0.1], 'pruned': [0.35, 0.35]},
     {'float': None, 'pruned': 50},
+    ('float', 'tf_keras'),
   )
   pruned = rows[1]
   assert pruned['median_ms'] == pytest.approx(150)
@@ -97,13 +111,13 @@ def test_updates_count_by_their_share():
 
 
 def test_masks_are_in_force_and_only_update_steps_are_due():
-  variant = step_time.Variant(lambda number: None, update_every=100)
-  config = step_time.MagnitudeConfig(
-    ratio=step_time.RATIO, end_step=step_time.PRUNING_STEPS, update_every=100
+  variant = rounds.Variant(lambda number: None, update_every=100)
+  config = step_variants.MagnitudeConfig(
+    ratio=step_variants.RATIO, end_step=step_variants.PRUNING_STEPS, update_every=100
   )
   assert config.is_due(variant.number(0, True))
   assert not any(config.is_due(variant.number(index, False)) for index in range(250))
-  assert config.ratio_at(step_time.FIRST_STEP) == pytest.approx(0.75, abs=1e-5)
+  assert config.ratio_at(rounds.FIRST_STEP) == pytest.approx(0.75, abs=1e-5)
   assert variant.number(98, False) == variant.number(0, False) + 98
 
 

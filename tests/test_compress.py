@@ -258,6 +258,16 @@ def test_a_subclassed_model_is_refused():
     pocketsize.compress(Own(), BOTH)
 
 
+def test_a_model_is_compressed_once():
+  model, _ = pocketsize.compress(conv_net(), [{'algorithm': 'uniform'}], calibration=[images()])
+  with pytest.raises(
+    UserError, match=r'`strip\(model\)`.*Received: .*already \(WeightQ'
+  ):
+    pocketsize.compress(model, BOTH)
+  again, _ = pocketsize.compress(pocketsize.strip(model), BOTH)
+  assert again(images()).shape == model(images()).shape
+
+
 def test_a_name_is_registered_once():
   with pytest.raises(ValueError, match="registered as 'magnitude'"):
     register('magnitude')(Recorder)

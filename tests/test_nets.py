@@ -9,6 +9,7 @@ import tensorflow as tf
 from ai_edge_litert.interpreter import Interpreter
 
 from nets import convnet_at_digits, lenet_at_cifar10, resnet_at_cifar10
+from pocketsize.configure import compress
 from pocketsize.errors import UserError
 
 NETS = {
@@ -178,6 +179,14 @@ def test_pretrained_weights_arrive(kind, tmp_path):
   helper.load_pretrained(target, tmp_path / kind)
   for one, other in zip(source.weights, target.weights, strict=True):
     np.testing.assert_array_equal(one.numpy(), other.numpy())
+
+
+def test_a_quantized_model_is_no_pretrained_one(tmp_path):
+  helper = _helper(convnet_at_digits)
+  quantized, _ = compress(helper.build(), [{'algorithm': 'uniform'}])
+  quantized.save(tmp_path / 'quantized.keras')
+  with pytest.raises(UserError, match=r'such as final\.keras.* quantized already\.$'):
+    helper.load(tmp_path / 'quantized.keras')
 
 
 def _stack(*channels, dropout=False):

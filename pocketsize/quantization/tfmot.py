@@ -1,4 +1,4 @@
-"""Quantization-aware training by tfmot, as TensorFlow does it (Jacob et al. 2018, arXiv:1712.05877).
+"""Quantization-aware training by tfmot (Jacob et al. 2018, arXiv:1712.05877).
 
 tfmot says where values are quantized and computes every step, in the layers of a tf_keras twin.
 Their variables are those of the Keras 3 model and of our own quantizers at the same places, whose

@@ -1,4 +1,4 @@
-"""The bridge to tfmot: which layers of a twin it quantizes, and layers of it that train our weights.
+"""The bridge to tfmot: which layers of a twin it quantizes, and how they train our variables.
 
 `annotated` lets tfmot choose where it quantizes. `TwinLayer` then connects each of its layers with
 the variables of a Keras 3 layer and of our quantizers: nothing is copied, there or back.
@@ -59,12 +59,17 @@ def annotated(twin, graph):
       refused[culprit] = (
         _no_scheme(twin.model.get_layer(culprit))
         if 'is not supported' in str(error)
-        else 'tfmot refuses it: ' + re.split(r'[.;\n]', str(error))[0]
+        else f'tfmot refuses it: {_first_sentence(error)}'
       )
   raise UserError(
     f'tfmot quantizes no layer of {graph.model.name!r}: '
     f'{"; ".join(f"{name}: {reason}" for name, reason in refused.items())}.'
   )
+
+
+def _first_sentence(error):
+  named = re.sub(r'<function (\w+) at \w+>', r'\1', str(error))
+  return re.split(r'\.\s|\.$|\n', named)[0]
 
 
 def _no_scheme(layer):
@@ -107,20 +112,19 @@ def _apply(model, names, registry):
 
   def annotate(layer):
     layer = type(layer).from_config(layer.get_config())
+    config = None
     if layer.name not in names:
-      return layer
-    # By itself tfmot cuts it in two layers, and there is one to give their weights and ranges to.
-    config = (
-      plain(['depthwise_kernel', 'pointwise_kernel'], ['activation'], False)
-      if isinstance(layer, tf_keras.layers.SeparableConv2D)
-      else None
-    )
+      if not registry.supports(layer):
+        return layer
+      # Else tfmot quantizes what it writes if a quantized layer reads it.
+      config = plain([], [], False)
+    elif isinstance(layer, tf_keras.layers.SeparableConv2D):
+      # By itself tfmot cuts it in two layers, and there is one to give their variables to.
+      config = plain(['depthwise_kernel', 'pointwise_kernel'], ['activation'], False)
     return library.quantize_annotate_layer(layer, config)
 
   with library.quantize_scope():
-    quantized = library.quantize_apply(
-      tf_keras.models.clone_model(model, clone_function=annotate)
-    )
+    quantized = library.quantize_apply(tf_keras.models.clone_model(model, clone_function=annotate))
   layers = {}
   for layer in quantized.layers:
     if hasattr(layer, 'quantizer'):  # of an input
@@ -128,7 +132,8 @@ def _apply(model, names, registry):
       layers[tf.nest.flatten(node.inbound_layers)[0].name] = layer
     elif hasattr(layer, 'quantize_config'):
       layers[layer.layer.name] = layer
-      _quantize_kernel(layer, registry)
+      if layer.layer.name in names:
+        _quantize_kernel(layer, registry)
     else:
       layers.setdefault(layer.name, layer)
   return layers

@@ -162,16 +162,15 @@ def _twin_layer(node, name):
     return _normalization(node, name)
   config = layer.get_config()
   arguments = {
-    _RENAMED.get((kind, argument), argument): config[argument]
-    for argument in ('trainable', *_ARGUMENTS[kind])
+    _RENAMED.get((kind, argument), argument): config[argument] for argument in _ARGUMENTS[kind]
   }
-  if 'data_format' in config:
-    arguments['data_format'] = config['data_format']
+  if config.get('data_format') == 'channels_first':
+    arguments['data_format'] = 'channels_first'
   if arguments.get('activation') == 'silu':
     # The name under which tfmot knows it.
     arguments['activation'] = 'swish'
   try:
-    return getattr(tf_keras.layers, kind)(name=name, **arguments)
+    return getattr(tf_keras.layers, kind)(name=name, trainable=layer.trainable, **arguments)
   except (TypeError, ValueError) as error:
     raise _refusal(node, f' that tf_keras cannot make ({str(error).splitlines()[0]})') from error
 
