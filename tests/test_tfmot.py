@@ -19,6 +19,7 @@ from pocketsize.errors import UserError
 from pocketsize.quantization import tfmot_bridge
 from pocketsize.quantization.last_value import LastValueQuantizer
 from pocketsize.quantization.tfmot import Tfmot, TfmotConfig
+from pocketsize.quantization.twin_layer import Switched
 
 pytest.importorskip('tensorflow_model_optimization')
 
@@ -321,7 +322,7 @@ def test_on_a_gpu_gradients_are_those_of_clipping(monkeypatch):
     weights = {'min_var': tf.Variable(-1.0), 'max_var': tf.Variable(2.0)}
     with tf.GradientTape() as tape:
       tape.watch(x)
-      y = tfmot_bridge.Switched(quantizer)(x, True, weights)
+      y = Switched(quantizer)(x, True, weights)
     return y.numpy(), tape.gradient(y, x).numpy()
 
   values, gradient = run()

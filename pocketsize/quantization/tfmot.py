@@ -14,10 +14,11 @@ from pocketsize import targets
 from pocketsize.compressor import Compressor, Stage
 from pocketsize.errors import UserError
 from pocketsize.graph import IDENTITIES
-from pocketsize.quantization import tfmot_bridge
 from pocketsize.quantization.last_value import LastValueQuantizer
 from pocketsize.quantization.quantizers import ActivationQuantizer
+from pocketsize.quantization.tfmot_bridge import annotated
 from pocketsize.quantization.twin import build_twin
+from pocketsize.quantization.twin_layer import TwinLayer
 from pocketsize.transform import Placement
 
 # Those of TensorFlow's fake quantizers.
@@ -70,13 +71,13 @@ class Tfmot(Compressor):
 
   def plan(self, graph):
     twin = build_twin(graph.model)
-    layers, refused = tfmot_bridge.annotated(twin, graph)
+    layers, refused = annotated(twin, graph)
     self.skipped, self._layers, placements = {}, [], {}
     for node, names in zip(graph.nodes, twin.names, strict=True):
       # What is random is left to Keras, whose random state is a variable.
       is_random = type(node.operation).__name__ in IDENTITIES
       chain = [
-        tfmot_bridge.TwinLayer(layers[name], node.operation)
+        TwinLayer(layers[name], node.operation)
         for name in names
         if name in layers and not is_random
       ]
