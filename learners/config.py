@@ -35,6 +35,18 @@ class RunConfig:
     'meant for batch_size_norm samples a step, and scaled with their number; unset: a tenth of it',
     above=0,
   )
+  freeze_bn_delay: int | None = option(
+    None,
+    'step of the training of a compressed model from which batch norms compute with their moving '
+    'statistics, which then stand still; unset: never',
+    lower=0,
+  )
+  nb_batches_bn: int = option(
+    0,
+    'batches of training images from which the moving statistics of batch norms are estimated anew '
+    'once a compressed model is trained; 0: none',
+    lower=0,
+  )
   enbl_dst: bool = option(False, 'distill from the float model')
   loss_w_dst: float = option(4.0, 'factor of the distillation loss of the logits', lower=0)
   loss_w_dst_features: float = option(
@@ -62,6 +74,11 @@ class RunConfig:
     f'formats to write, comma-separated, out of {", ".join(conversion.FORMATS)}; or none; or '
     'all that the model has',
   )
+  tflite_int4: bool = option(
+    False,
+    'TFLite files store weights of up to 4 bits in 4 bits: smaller, and slower in LiteRT; the '
+    'other formats always do',
+  )
   enbl_multi_gpu: bool = option(False, 'several workers; set by the scripts')
   debug: bool = option(False, 'show a traceback with an error of the user')
 
@@ -72,6 +89,11 @@ class RunConfig:
       raise UserError(
         f'--export_formats must be all, none, or names out of {", ".join(conversion.FORMATS)}. '
         f'Received: {unknown[0]!r}.'
+      )
+    if self.freeze_bn_delay is not None and self.nb_batches_bn:
+      raise UserError(
+        '--nb_batches_bn estimates moving statistics anew and --freeze_bn_delay keeps them as they '
+        f'are: give one of them. Received: {self.nb_batches_bn} and {self.freeze_bn_delay}.'
       )
     for name in (
       'loss_w_dst',

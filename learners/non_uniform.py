@@ -46,6 +46,9 @@ class NonUniformLearner(Learner):
     nuql_quantize_all_layers: bool = option(
       False, f'first and last layer like the others; if not, they have at least {END_BITS} bits'
     )
+    nuql_keep_zeros: bool = option(
+      True, 'weights that are 0 in the model that is quantized, such as pruned ones, stay 0'
+    )
 
     def __post_init__(self):
       check_options(self)
@@ -59,6 +62,7 @@ class NonUniformLearner(Learner):
         granularity=quantization.granularity(self, 'nuql'),
         bucket_size=self.nuql_bucket_size,
         end_bits=0 if self.nuql_quantize_all_layers else END_BITS,
+        keep_zeros=self.nuql_keep_zeros,
         start=self.nuql_init_style,
         mode=self.nuql_opt_mode,
       )

@@ -72,6 +72,7 @@ class Results:
       self.run.formats,
       name=self.helper.name,
       track=functools.partial(ProgressReport.over, 'exporting'),
+      tflite_int4=self.run.tflite_int4,
     )
     write_json(
       self.folder / 'exports' / 'files.json',

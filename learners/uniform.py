@@ -46,6 +46,9 @@ class UniformLearner(Learner):
     uql_quantize_all_layers: bool = option(
       False, f'first and last layer like the others; if not, they have at least {END_BITS} bits'
     )
+    uql_keep_zeros: bool = option(
+      True, 'weights that are 0 in the model that is quantized, such as pruned ones, stay 0'
+    )
     uql_weight_range: str = option(
       'fitted',
       'scales of weights: fitted, or trained, or trained by their log2; dorefa goes through tanh, '
@@ -63,6 +66,11 @@ class UniformLearner(Learner):
       "batches' extremes; largest weight, or least squared error up to 4 bits",
       choices=NAMES,
     )
+    uql_fold_bn: bool = option(
+      False,
+      'weights are put on levels as they are with batch norm folded in; it matters where output '
+      'channels share a scale, and needs 2 bits',
+    )
 
     def __post_init__(self):
       check_options(self)
@@ -71,6 +79,7 @@ class UniformLearner(Learner):
       float_weights = self.uql_weight_bits == FLOAT_BITS and self.uql_weight_bits_list is None
       for name, has_effect, without in (
         ('uql_weight_range', not float_weights, f'--uql_weight_bits={FLOAT_BITS}'),
+        ('uql_fold_bn', not float_weights, f'--uql_weight_bits={FLOAT_BITS}'),
         (
           'uql_activation_range',
           self.uql_activation_bits != FLOAT_BITS,
@@ -86,6 +95,8 @@ class UniformLearner(Learner):
         value = getattr(self, name)
         if value != self.__dataclass_fields__[name].default and not has_effect:
           raise UserError(f'--{name} has no effect with {without}. Received: {value}.')
+      if self.uql_fold_bn and self.uql_weight_bits == 1:
+        raise UserError('--uql_fold_bn needs --uql_weight_bits of at least 2. Received: 1.')
       if self.uql_activation_range == 'learned_symmetric' and self.uql_activation_bits == 1:
         raise UserError(
           '--uql_activation_range=learned_symmetric needs --uql_activation_bits of at least 2. '
@@ -100,9 +111,11 @@ class UniformLearner(Learner):
         granularity=quantization.granularity(self, 'uql'),
         bucket_size=self.uql_bucket_size,
         end_bits=0 if self.uql_quantize_all_layers else END_BITS,
+        keep_zeros=self.uql_keep_zeros,
         weight_range=self.uql_weight_range,
         activation_range=self.uql_activation_range,
         range_start=self.uql_range_start,
+        fold_batch_norm=self.uql_fold_bn,
       )
 
   def epochs(self):

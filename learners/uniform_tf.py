@@ -40,6 +40,11 @@ class UniformTf(Learner):
         '--lrn_rate_ft has no effect with --learner=uniform-tf, whose learning rates are those of '
         f'the net times --uqtf_lrn_rate_dcy. Received: --lrn_rate_ft={self.run.lrn_rate_ft}.'
       )
+    if self.run.freeze_bn_delay is not None:
+      raise UserError(
+        '--freeze_bn_delay has no effect with --learner=uniform-tf: use --uqtf_freeze_bn_delay. '
+        f'Received: --freeze_bn_delay={self.run.freeze_bn_delay}.'
+      )
     steps = self._steps(self.epochs())
     if self.config.uqtf_quant_delay >= steps:
       raise UserError(

@@ -10,7 +10,7 @@ from pocketsize.files import remove_temporary, write_json
 
 # They say how a run is watched or where its inputs lie, not what it computes.
 FREE = frozenset(
-  'exec_mode work_dir summ_step save_step export_formats debug data_dir_local '
+  'exec_mode work_dir summ_step save_step export_formats tflite_int4 debug data_dir_local '
   'enbl_multi_gpu'.split()
 )
 

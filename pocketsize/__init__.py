@@ -7,7 +7,7 @@ pocketsize.strip(model).save('final.keras')
 pocketsize.export(model, 'exports')
 """
 
-from pocketsize.calibration import calibrate
+from pocketsize.calibration import calibrate, re_estimate_batch_norm
 from pocketsize.compressor import (
   CompressionCallback,
   Compressor,
@@ -19,6 +19,7 @@ from pocketsize.compressor import (
 from pocketsize.configure import compress
 from pocketsize.conversion import export, verify
 from pocketsize.errors import UserError
+from pocketsize.freezing import FreezeBatchNorm
 from pocketsize.graph import Graph
 from pocketsize.instrument import Instrumented, instrument, strip
 from pocketsize.packed import read as read_packed
@@ -30,6 +31,7 @@ from pocketsize.transform import Grid, Placement, Transform
 __all__ = [
   'CompressionCallback',
   'Compressor',
+  'FreezeBatchNorm',
   'Graph',
   'Grid',
   'Instrumented',
@@ -44,6 +46,7 @@ __all__ = [
   'compress',
   'export',
   'instrument',
+  're_estimate_batch_norm',
   'read_packed',
   'register',
   'strip',

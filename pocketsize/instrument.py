@@ -4,6 +4,7 @@ import keras
 import numpy as np
 
 from pocketsize import fused_bn
+from pocketsize.calls import call_with_weights, with_preactivation
 from pocketsize.errors import UserError
 from pocketsize.graph import Graph, copied, functional
 from pocketsize.transform import Placement
@@ -118,28 +119,30 @@ class Instrumented(keras.Model):
 
     Args:
       inputs: as `source` takes them.
-      training: as for any Keras model.
+      training: as for any Keras model; or a function of the node that says so.
       activate: `activate(transform, x)` in place of applying a transform to an activation; with it
         `computed_by` is passed by.
       observe: `observe(node, outputs)` is told what each node computes.
     """
-    compute = self._call_node
-    if self.computed_by and not activate:
-      compute = self._call_elsewhere
-    activate = activate or (lambda transform, x: transform(x, training=training))
     model = functional(self.source)
 
     def call(node, args, kwargs):
-      outputs = compute(node, args, kwargs, training, activate)
+      mode = training(node) if callable(training) else training
+      if self.computed_by and not activate:
+        mode = bool(mode) and not node.inference_only
+        outputs = self.computed_by(node, args, kwargs, mode)
+      else:
+        apply = activate or (lambda transform, x: transform(x, training=mode))
+        outputs = self._call_node(node, args, kwargs, mode, apply)
       if observe:
         observe(node, outputs)
       return outputs
 
-    outputs = self.graph.run(model._standardize_inputs(inputs), call, training)
+    outputs = self.graph.run(model._standardize_inputs(inputs), call)
     return keras.tree.pack_sequence_as(model._outputs_struct, outputs)
 
   def _call_node(self, node, args, kwargs, training, activate):
-    training = training and not node.inference_only
+    training = False if node.inference_only else training
     for transform in self.transforms_at(node.path, 'input'):
       args = (activate(transform, args[0]), *args[1:])
     outputs = with_preactivation(
@@ -152,9 +155,6 @@ class Instrumented(keras.Model):
       outputs = activate(transform, outputs)
     return outputs
 
-  def _call_elsewhere(self, node, args, kwargs, training, activate):
-    return self.computed_by(node, args, kwargs, bool(training) and not node.inference_only)
-
   def _compute_node(self, node, args, kwargs, training):
     if node.is_input:
       return args[0]
@@ -163,11 +163,17 @@ class Instrumented(keras.Model):
       for path, point in dict.fromkeys(self._places)
       if path == node.path and point not in ACTIVATION_POINTS
     }
-    if fused_bn.applicable(node.operation, args, kwargs):
-      return fused_bn.batch_norm(node.operation, args[0], training, weights)
-    if weights:
-      return call_with_weights(node.operation, weights, args, kwargs)
-    return node.operation(*args, **kwargs)
+
+    def compute(training):
+      if fused_bn.applicable(node.operation, args, kwargs):
+        return fused_bn.batch_norm(node.operation, args[0], training, weights)
+      given = {**kwargs, 'training': training} if node.takes_training else kwargs
+      if weights:
+        return call_with_weights(node.operation, weights, args, given)
+      return node.operation(*args, **given)
+
+    switches = self.transforms_at(node.path, fused_bn.SWITCH_POINT) if training else ()
+    return fused_bn.unless_frozen(switches, lambda: compute(training), lambda: compute(False))
 
   def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
     loss = super().compute_loss(x, y, y_pred, sample_weight, training)
@@ -193,46 +199,6 @@ class Instrumented(keras.Model):
     return cls(
       load(config['source'], custom_objects=custom_objects), placements, name=config['name']
     )
-
-
-def call_with_weights(layer, weights, args, kwargs):
-  """Calls `layer` with tensors in place of its weights.
-
-  What the layer itself assigns, such as moving statistics, and its activity losses stay.
-
-  Args:
-    layer: a Keras layer.
-    weights: {attribute that holds a weight: tensor}.
-    args, kwargs: of the call.
-  """
-  mapping = [(getattr(layer, point), value) for point, value in weights.items()]
-  with keras.StatelessScope(state_mapping=mapping, collect_losses=True) as scope:
-    given = dict(scope.state_mapping)
-    outputs = layer(*args, **kwargs)
-  for variable in layer.variables:
-    value = scope.get_current_value(variable)
-    if value is not None and value is not given.get(id(variable)):
-      variable.assign(value)
-  if scope.losses:  # of an activity regularizer
-    layer.add_loss(scope.losses)
-  return outputs
-
-
-def with_preactivation(layer, transforms, activate, compute):
-  """Returns compute(), a call of `layer`, with transforms of what its own activation reads.
-
-  They run after the call, so that what they remember is not kept in the call's stateless scope.
-  """
-  if not transforms:
-    return compute()
-  activation, layer.activation = layer.activation, None
-  try:
-    outputs = compute()
-  finally:
-    layer.activation = activation
-  for transform in transforms:
-    outputs = activate(transform, outputs)
-  return activation(outputs)
 
 
 def instrument(model, placements=()):

@@ -12,7 +12,8 @@ class Grid(NamedTuple):
   Attributes:
     scale: positive float array that broadcasts against the kernel: one for the tensor, or one for
       each output channel.
-    bits: 1 to 16. Codes are integers with |code| < 2 ** (bits - 1); -1 and 1 for one bit.
+    bits: 1 to 16. Codes are integers with |code| < 2 ** (bits - 1); -1 and 1, and 0 for pruned
+      weights, for one bit.
   """
 
   scale: np.ndarray
@@ -27,7 +28,8 @@ class Codes(NamedTuple):
   """A quantized kernel as integers, and what they stand for, to the last bit of float32.
 
   Rows are those of `groups`. The value of a code in row r is `(code - zero_point[r]) * scale[r]`,
-  or `centres[r, code]` where there are centres.
+  or `centres[r, code]` where there are centres; divided by `factor` where there is one. Where no
+  code is worth 0, weights that are exactly 0 have any.
 
   Attributes:
     codes: array of the kernel's shape, integers from 0 to 2 ** bits - 1.
@@ -36,6 +38,7 @@ class Codes(NamedTuple):
     scale: [rows] float32; None with centres.
     zero_point: [rows] float32, whole or half numbers; None with centres.
     centres: [rows, at most 2 ** bits] float32, or None.
+    factor: float32 array that broadcasts against the kernel, nowhere 0, or None.
   """
 
   codes: np.ndarray
@@ -44,6 +47,7 @@ class Codes(NamedTuple):
   scale: np.ndarray | None = None
   zero_point: np.ndarray | None = None
   centres: np.ndarray | None = None
+  factor: np.ndarray | None = None
 
 
 class Transform(keras.layers.Layer):
@@ -73,6 +77,12 @@ class Transform(keras.layers.Layer):
 
   def codes(self, kernel):
     """Returns the `Codes` of `kernel` (array, as deployed), or None if it has none."""
+    return None
+
+  def operations(self):
+    """Returns a function of x that computes the same by operations and constants alone, for what
+    no file's quantizer can express; else None.
+    """
     return None
 
 

@@ -49,6 +49,14 @@ BUSY = {
     'activation_range': 'pact',
     'momentum': 0.9,
   },
+  'uniform:folded': {
+    'weight_bits': 3,
+    'activation_bits': 6,
+    'granularity': 'tensor',
+    'fold_batch_norm': True,
+    'scale_every': 7,
+    'momentum': 0.9,
+  },
 }
 STEPS = 40
 

@@ -229,7 +229,8 @@ def test_every_format_computes_what_training_computed(tmp_path):
       assert file.note == ''
     else:
       assert '1-bit activations as float32 operations (one and 3 more)' in file.note
-      assert '1-bit weights as int8 codes of the same scale' in file.note
+      stored = 'int8' if file.format == 'tflite_int8' else 'int4'
+      assert f'1-bit weights as {stored} codes of the same scale' in file.note
 
 
 def test_sums_of_eight_bits_around_binary_layers(tmp_path):

@@ -61,7 +61,7 @@ def test_entries_of_one_algorithm_are_rules_of_one_compressor():
   assert stack.statistics() == {'sparsity': pytest.approx(76 / 160)}
 
 
-@pytest.mark.parametrize('bits', [2, 4, 8])
+@pytest.mark.parametrize('bits', [1, 2, 4, 8])
 @pytest.mark.parametrize('turned', [False, True])
 def test_quantizing_what_is_pruned_keeps_the_zeros(bits, turned):
   both = [
@@ -260,9 +260,7 @@ def test_a_subclassed_model_is_refused():
 
 def test_a_model_is_compressed_once():
   model, _ = pocketsize.compress(conv_net(), [{'algorithm': 'uniform'}], calibration=[images()])
-  with pytest.raises(
-    UserError, match=r'`strip\(model\)`.*Received: .*already \(WeightQ'
-  ):
+  with pytest.raises(UserError, match=r'`strip\(model\)`.*Received: .*already \(WeightQ'):
     pocketsize.compress(model, BOTH)
   again, _ = pocketsize.compress(pocketsize.strip(model), BOTH)
   assert again(images()).shape == model(images()).shape

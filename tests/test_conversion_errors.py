@@ -31,9 +31,9 @@ class Counter:
     return {'samples': float(self.samples)}
 
 
-def quantized():
+def quantized(bits=8):
   keras.utils.set_random_seed(0)
-  return models.quantized(models.randomized(models.BUILDERS['plain']()))
+  return models.quantized(models.randomized(models.BUILDERS['plain']()), bits)
 
 
 def test_unknown_format_names_the_legal_ones(tmp_path):
@@ -206,7 +206,7 @@ def test_command_lines_say_what_they_cannot_write_or_read(tmp_path):
 
 
 def test_command_lines_export_and_verify(tmp_path):
-  model = quantized()
+  model = quantized(bits=4)
   model.save(tmp_path / 'quantized.keras')
   x = models.samples()
   np.savez(tmp_path / 'data.npz', x=x, y=np.argmax(model(x), -1))
@@ -215,8 +215,10 @@ def test_command_lines_export_and_verify(tmp_path):
     f'--model={tmp_path}/quantized.keras',
     f'--output_dir={tmp_path}/out',
     '--formats=tflite,tflite_int8',
+    '--tflite_int4',
   )
   assert exported.returncode == 0, exported.stderr
+  assert '4-bit weights as int4 codes of the same scale' in exported.stdout
   files = f'{tmp_path}/out/quantized.tflite,{tmp_path}/out/quantized_int8.tflite'
   verified = _tool(
     'conversion.verify_file',

@@ -4,7 +4,8 @@ import keras
 import numpy as np
 import pytest
 
-from pocketsize.conversion import folding, kernels
+from pocketsize import folding
+from pocketsize.conversion import kernels
 from pocketsize.quantization.asymmetric import AsymmetricWeightQuantizer
 from pocketsize.quantization.dorefa import Dorefa
 from pocketsize.quantization.quantizers import WeightQuantizer
@@ -110,7 +111,7 @@ def test_buckets_become_int8_by_channel_and_say_so():
 @pytest.mark.parametrize(
   ('quantizer', 'words'),
   [
-    (AsymmetricWeightQuantizer(4), '4-bit weights with zero points that no format has, as int8'),
+    (AsymmetricWeightQuantizer(8), '8-bit weights with zero points that no format has, as int8'),
     (Dorefa(8), '8-bit weights on levels that no format has, as int8'),
   ],
 )
@@ -129,6 +130,13 @@ def test_more_than_eight_bits_stay_float():
     'x', keras.layers.Dense(2), 'kernel', np.float32([[1.0, 2.0]]), [_OnGrid(0.001, 12)]
   )
   assert kernel.codes is None and kernel.bits == 12 and '12-bit' in kernel.note
+
+
+def test_four_bits_hold_codes_from_minus_eight_to_seven_two_in_a_byte():
+  assert kernels.nibbles(np.int8([[1, -8], [7, -1], [3, 0]])).tolist() == [0x81, 0xF7, 0x03]
+  assert kernels.nibbles(np.int8([2, 5, -2])).tolist() == [0x52, 0x0E]
+  assert kernels.fit_int4(np.int8([-8, 7]))
+  assert not kernels.fit_int4(np.int8([-9, 7])) and not kernels.fit_int4(np.int8([-8, 8]))
 
 
 def test_layout_finds_the_order_of_axes():

@@ -17,6 +17,8 @@ LEARNERS = {
     '--uql_weight_bits=4',
     '--uql_activation_bits=8',
     '--uql_quant_epochs=1',
+    '--uql_fold_bn',
+    '--nb_batches_bn=2',
   ],
   'weight-sparse': [
     '--learner=weight-sparse',
@@ -25,6 +27,7 @@ LEARNERS = {
     '--enbl_dst',
     '--loss_w_dst_features=1',
     '--dst_features=ReLU',
+    '--freeze_bn_delay=2',
   ],
   'filters': [
     '--learner=filters',

@@ -16,7 +16,7 @@ from learners import main, training
 from learners.checkpoint import Checkpoints
 from learners.workfolder import WorkFolder
 from nets.convnet_at_digits import ModelHelper
-from pocketsize import packed
+from pocketsize import calibration, packed
 from pocketsize.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -27,6 +27,7 @@ UNIFORM = [
   '--uql_activation_bits=8',
   '--uql_quant_epochs=2',
 ]
+FROZEN = [*UNIFORM, '--uql_fold_bn', '--freeze_bn_delay=12']
 NON_UNIFORM = ['--learner=non-uniform', '--nuql_opt_mode=both', '--nuql_quant_epochs=2']
 UNIFORM_TF = ['--learner=uniform-tf', '--uqtf_quant_delay=4', '--uqtf_freeze_bn_delay=12']
 SPARSE = ['--learner=weight-sparse', '--ws_prune_ratio_prtl=heurist', '--ws_mask_update_step=3']
@@ -103,6 +104,9 @@ DISTILLED = [*SPARSE, '--enbl_dst', '--loss_w_dst_features=1', '--dst_features=R
       )
       for step in (1, 15)
     ),
+    # Batch norm is frozen between the last checkpoint and the kill, and before it.
+    pytest.param(FROZEN, 'compressed', 13, id='frozen-13'),
+    pytest.param(FROZEN, 'compressed', 15, id='frozen-15'),
   ],
 )
 def test_a_run_killed_at_any_step_ends_with_the_same_bits(
@@ -124,11 +128,33 @@ def test_another_seed_gives_other_weights(tmp_path, undisturbed):
   )
 
 
-def test_a_finished_run_started_again_changes_nothing(tmp_path):
-  assert run(tmp_path, *UNIFORM) == 0
+@pytest.mark.parametrize('more', [[], ['--nb_batches_bn=2']], ids=['plain', 're-estimated'])
+def test_a_finished_run_started_again_changes_nothing(tmp_path, more):
+  assert run(tmp_path, *UNIFORM, *more) == 0
   before = weights(tmp_path)
-  assert run(tmp_path, *UNIFORM) == 0
+  assert run(tmp_path, *UNIFORM, *more) == 0
   assert_same_bits(weights(tmp_path), before)
+
+
+def test_batch_norm_is_estimated_anew_once_the_model_is_trained(tmp_path, undisturbed):
+  """From augmented training batches, the first ones, through what is shipped."""
+  assert run(tmp_path, *UNIFORM, '--nb_batches_bn=2') == 0
+  model = keras.models.load_model(tmp_path / 'quantized.keras', compile=False)
+  final = keras.models.load_model(tmp_path / 'final.keras', compile=False)
+  learner = main.make_learner(ModelHelper, ['x', f'--work_dir={tmp_path}', *SMALL, *UNIFORM])
+  before = undisturbed(*UNIFORM)
+  for variable, value in zip(final.weights, before, strict=True):
+    is_statistic = variable.name.startswith('moving')
+    assert (np.array(variable) != value).any() == is_statistic, variable.path
+  expected = [np.array(variable) for variable in model.source.weights]
+  for layer in model.source.layers:
+    if isinstance(layer, keras.layers.BatchNormalization):
+      layer.moving_mean.assign(np.zeros(layer.moving_mean.shape))
+  batches = learner.training_batches().take(2)
+  calibration.re_estimate_batch_norm(model, (x for x, _ in batches))
+  for variable, value in zip(model.source.weights, expected, strict=True):
+    np.testing.assert_allclose(variable, value, rtol=1e-5, atol=1e-6)
+  assert 'batch_norm' in json.loads((tmp_path / 'report.json').read_text())['seconds']
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
@@ -314,6 +340,27 @@ def test_evaluation_reproduces_the_report_and_writes_nothing(tmp_path, capfd):
     (
       ['--learner=uniform', '--uql_weight_range=dorefa', '--uql_range_start=mse'],
       '--uql_range_start has no effect with',
+    ),
+    (
+      ['--learner=uniform', '--uql_weight_bits=32', '--uql_fold_bn'],
+      '--uql_fold_bn has no effect with --uql_weight_bits=32',
+    ),
+    (
+      ['--learner=uniform', '--uql_weight_bits=1', '--uql_fold_bn'],
+      '--uql_fold_bn needs --uql_weight_bits of at least 2. Received: 1.',
+    ),
+    (
+      ['--learner=full-prec', '--nb_batches_bn=3'],
+      '--nb_batches_bn is about the training of a compressed model, which --learner=full-prec has',
+    ),
+    (['--learner=full-prec', '--freeze_bn_delay=0'], '--freeze_bn_delay is about the training of'),
+    (
+      [*UNIFORM, '--freeze_bn_delay=22'],
+      '--freeze_bn_delay must be below the 22 steps for which the compressed model is trained',
+    ),
+    (
+      [*UNIFORM, '--freeze_bn_delay=0', '--nb_batches_bn=1'],
+      'give one of them. Received: 1 and 0.',
     ),
     (['--learner=uniform', '--uql_bucket_type=split'], '--uql_bucket_type has no effect'),
     (['--learner=non-uniform', '--nuql_weight_bits=9'], '--nuql_weight_bits must be one of 1, 2,'),

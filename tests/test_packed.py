@@ -126,7 +126,16 @@ def quantized(draw):
       kernel.flat[place] = (
         centres[row, code] if by_centres else (np.float32(code) - zero_point[row]) * scale[row]
       )
-  return Codes(integers.astype(np.int32), bits, groups, scale, zero_point, centres), kernel
+  codes = Codes(integers.astype(np.int32), bits, groups, scale, zero_point, centres)
+  if not draw(st.booleans()):
+    return codes, kernel
+  factors = [size if draw(st.booleans()) else 1 for size in shape]
+  factor = rng.uniform(0.1, 3.0, factors) * rng.choice([-1.0, 1.0], factors)
+  codes = codes._replace(factor=factor.astype(np.float32))
+  for place in np.ndindex(shape):
+    own = tuple(min(index, size - 1) for index, size in zip(place, factors, strict=True))
+    kernel[place] = kernel[place] / codes.factor[own]
+  return codes, kernel
 
 
 @settings(deadline=None)

@@ -112,6 +112,7 @@ def test_it_trains_with_adam_at_a_share_of_the_rates_of_the_net(tmp_path, monkey
     (['--uqtf_freeze_bn_delay=-1'], '--uqtf_freeze_bn_delay must be'),
     (['--uqtf_lrn_rate_dcy=0'], '--uqtf_lrn_rate_dcy must be'),
     (['--lrn_rate_ft=0.1'], '--lrn_rate_ft has no effect with --learner=uniform-tf'),
+    (['--freeze_bn_delay=3'], 'use --uqtf_freeze_bn_delay'),
     (['--uql_weight_bits=4'], '--uql_weight_bits belongs to --learner=uniform'),
   ],
 )

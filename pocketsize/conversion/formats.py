@@ -115,7 +115,7 @@ def _known(model, formats):
   return formats
 
 
-def export(model, folder, formats=None, name='model', track=iter):
+def export(model, folder, formats=None, name='model', track=iter, tflite_int4=False):
   """Writes a model in several formats. A file is whole or absent.
 
   Float formats compute with the kernels as deployed and float activations, int8 formats with what
@@ -127,6 +127,9 @@ def export(model, folder, formats=None, name='model', track=iter):
     formats: names out of `FORMATS`; all that fit the model if None.
     name: what the files' names begin with.
     track: `track(formats)` gives the formats one by one; it may show progress.
+    tflite_int4: whether TFLite files, too, store codes from -8 to 7 in 4 bits. They are smaller for
+      it, and slower, as LiteRT then computes without its fast kernels. The others expand them when
+      they load a file, so they always do.
 
   Returns:
     A list of `ExportedFile`.
@@ -144,30 +147,37 @@ def export(model, folder, formats=None, name='model', track=iter):
   for format_ in track(formats):
     kind = _FORMATS[format_]
     path = pathlib.Path(folder, name + kind.suffix)
-    _write(kind.writer, lowered[kind.quantized], path)
-    files.append(ExportedFile(format_, path, _note(lowered[kind.quantized])))
+    int4 = tflite_int4 or kind.writer is not tflite.convert
+    packed = _write(kind.writer, lowered[kind.quantized], path, int4)
+    files.append(ExportedFile(format_, path, _note(lowered[kind.quantized], packed)))
   return files
 
 
-def _write(writer, lowered, path):
+def _write(writer, lowered, path, int4):
+  """Writes a file and returns the list of kernels that it stores in 4 bits."""
   with atomic_path(path) as temporary:
     try:
-      writer(lowered, temporary)
+      packed = writer(lowered, temporary, int4)
       # OpenVINO writes its weights beside the .xml.
       if temporary.with_suffix('.bin').exists():
         os.replace(temporary.with_suffix('.bin'), path.with_suffix('.bin'))
     finally:
       temporary.with_suffix('.bin').unlink(missing_ok=True)
+  return packed
 
 
-def _note(lowered):
+def _note(lowered, packed):
   notes = list(lowered.notes)
   integers = [kernel for kernel in lowered.kernels if kernel.codes is not None]
   if integers and not lowered.has_activations:
-    notes.append('int8 weights, expanded by the runtime; computed in float')
-  narrow = sorted({kernel.bits for kernel in integers if kernel.bits < 8})
-  if narrow:
-    notes.append(
-      f'{", ".join(f"{bits}-bit" for bits in narrow)} weights as int8 codes of the same scale'
-    )
+    notes.append('integer weights, expanded by the runtime; computed in float')
+  stored = set(map(id, packed))
+  narrow = [kernel for kernel in integers if kernel.bits < 8]
+  for name, kernels in (
+    ('int4', [kernel for kernel in narrow if id(kernel) in stored]),
+    ('int8', [kernel for kernel in narrow if id(kernel) not in stored]),
+  ):
+    if kernels:
+      bits = ', '.join(f'{bits}-bit' for bits in sorted({kernel.bits for kernel in kernels}))
+      notes.append(f'{bits} weights as {name} codes of the same scale')
   return '; '.join(notes)

@@ -27,7 +27,7 @@ class Kernel(NamedTuple):
     codes: int8 array of the same shape, or None for a kernel that stays float.
     scale: positive float32 array of the same shape, `codes * scale == values`, one value in each
       output channel; None with `codes`.
-    bits: of the codes, 1 to 8; where there are none of the quantizer, 9 to 16, or 32 without one.
+    bits: of the quantizer, 1 to 16; 8 for codes that are only the nearest; 32 without one.
     bias: [channels] float32 with batch norm folded in, or None.
     note: what differs from training, or ''.
   """
@@ -39,6 +39,30 @@ class Kernel(NamedTuple):
   bits: int
   bias: np.ndarray | None
   note: str
+
+  @property
+  def fits_int4(self):
+    """Whether it has codes, all of them from -8 to 7."""
+    return self.codes is not None and fit_int4(self.codes)
+
+
+def fit_int4(codes):
+  """Returns whether all of an integer array lie from -8 to 7."""
+  return bool(np.all((codes >= -8) & (codes <= 7)))
+
+
+def nibbles(codes):
+  """Returns [ceil(size / 2)] uint8: two codes in a byte, the first of them in its lower half.
+
+  Args:
+    codes: integer array, from -8 to 7.
+
+  >>> nibbles(np.array([1, -1, 7])) == [0xF1, 0x07]
+  array([ True,  True])
+  """
+  halves = np.ravel(codes).astype(np.int8).view(np.uint8) & 15
+  halves = np.append(halves, np.zeros(halves.size % 2, np.uint8))
+  return halves[::2] | halves[1::2] << 4
 
 
 def make_kernel(path, layer, point, deployed, transforms, factor=None, bias=None, input_step=None):
@@ -109,12 +133,11 @@ def averaging_kernel(path, size, channels):
 
 
 def _grid(deployed, transforms):
-  """Returns (the last transform's grid or None, the bits of grid or quantizer or 0)."""
-  grids = [
-    grid for grid in (transform.grid(deployed) for transform in transforms) if grid is not None
-  ]
-  if grids:
-    return grids[-1], grids[-1].bits
+  """Returns (the last transform's grid or None, the bits of its quantizer or 0)."""
+  for transform in reversed(transforms):
+    grid = transform.grid(deployed)
+    if grid is not None:
+      return grid, getattr(transform, 'bits', grid.bits)
   return None, max((getattr(transform, 'bits', 0) for transform in transforms), default=0)
 
 

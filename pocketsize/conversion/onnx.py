@@ -9,17 +9,22 @@ import logging
 
 from pocketsize.conversion.errors import conversion_error, require
 from pocketsize.conversion.onnx_graph import OnnxGraph
+from pocketsize.conversion.onnx_int4 import with_int4
 
 # 17 is the newest that tf2onnx, ONNX Runtime and OpenVINO all know by heart.
 _OPSET = 17
 
 
-def convert(lowered, path):
+def convert(lowered, path, int4=True):
   """Writes an ONNX file with float32 inputs and outputs and a dynamic batch.
 
   Args:
     lowered: a `Lowered` model.
     path: of the file.
+    int4: whether codes from -8 to 7 are stored in 4 bits.
+
+  Returns:
+    The list of kernels that are.
 
   Raises:
     UserError: a package is missing, or tf2onnx refuses an operation.
@@ -34,12 +39,15 @@ def convert(lowered, path):
   if lowered.has_activations:
     graph.pair_moves()
     graph.quantize_biases()
-  graph.tidy()
+  packed = with_int4(onnx, model) if int4 else None
+  model = packed or model
+  OnnxGraph(onnx, model).tidy()
   try:
     onnx.checker.check_model(model)
   except onnx.checker.ValidationError as error:
     raise conversion_error('ONNX', error) from error
   onnx.save(model, str(path))
+  return [kernel for kernel in lowered.kernels if packed and kernel.fits_int4]
 
 
 def _convert(lowered):

@@ -13,12 +13,16 @@ from pocketsize.conversion.errors import conversion_error
 from pocketsize.conversion.tflite_graph import TfliteGraph
 
 
-def convert(lowered, path):
+def convert(lowered, path, int4=False):
   """Writes a TFLite file with float32 inputs and outputs; the batch is dynamic.
 
   Args:
     lowered: a `Lowered` model.
     path: of the file.
+    int4: whether codes from -8 to 7 are stored in 4 bits where LiteRT has an operation for them.
+
+  Returns:
+    The list of kernels that are.
 
   Raises:
     UserError: the converter refuses an operation.
@@ -42,14 +46,18 @@ def convert(lowered, path):
   finally:
     absl_logger.setLevel(level)
   graph = TfliteGraph(content)
+  packed = []
   for kernel, stand_in in zip(lowered.kernels, lowered.stand_ins, strict=True):
-    _place(graph, kernel, stand_in)
+    tensor = _place(graph, kernel, stand_in)
+    if int4 and kernel.fits_int4 and graph.store_int4(tensor):
+      packed.append(kernel)
   graph.rename(lowered.input_names, lowered.output_names)
   graph.save(path)
+  return packed
 
 
 def _place(graph, kernel, stand_in):
-  """Puts `kernel` in the place of its stand-in."""
+  """Puts `kernel` in the place of its stand-in and returns its tensor."""
   tensor, order = _find(graph, kernel.path, stand_in)
   if kernel.codes is None:
     values = kernel.values.transpose(order)
@@ -57,13 +65,14 @@ def _place(graph, kernel, stand_in):
       graph.make_float(tensor, values, kernel.bias)
     else:
       graph.set_float(tensor, values)
-    return
+    return tensor
   is_integer = graph.is_int8(tensor)
   graph.set_int8(tensor, kernel.codes.transpose(order), kernel.scale.transpose(order))
   if is_integer:
     graph.set_bias(tensor, kernel.bias)
   else:
     graph.dequantize(tensor)
+  return tensor
 
 
 def _find(graph, path, stand_in):

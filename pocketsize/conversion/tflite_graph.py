@@ -4,10 +4,12 @@ import copy
 
 import numpy as np
 
-from pocketsize.conversion.kernels import channel_axis
+from pocketsize.conversion.kernels import channel_axis, nibbles
 
-_FLOAT32, _INT32, _INT8 = 0, 2, 9
+_FLOAT32, _INT32, _INT8, _INT4 = 0, 2, 9, 17
 _DEQUANTIZE, _QUANTIZE = 6, 114
+# CONV_2D, DEPTHWISE_CONV_2D, DEQUANTIZE and FULLY_CONNECTED read int4 constants.
+_READ_INT4 = {3, 4, _DEQUANTIZE, 9}
 
 
 class TfliteGraph:
@@ -78,6 +80,23 @@ class TfliteGraph:
     stored.type = _INT8
     stored.quantization = self._quantization(vector, axis or 0)
     self._store(tensor, codes)
+
+  def store_int4(self, tensor):
+    """Stores an int8 constant with values from -8 to 7 in 4 bits, if all that read it can.
+
+    Returns:
+      Whether they can.
+    """
+    if not all(self._code(op) in _READ_INT4 for op in self._readers(tensor)):
+      return False
+    stored = self._graph.tensors[tensor]
+    self._store(tensor, nibbles(np.asarray(self._model.buffers[stored.buffer].data).view(np.int8)))
+    stored.type = _INT4
+    return True
+
+  def _code(self, op):
+    known = self._model.operatorCodes[op.opcodeIndex]
+    return max(known.builtinCode, known.deprecatedBuiltinCode)
 
   def _quantization(self, scale, axis):
     quantization = self._schema.QuantizationParametersT()

@@ -58,6 +58,8 @@ class Weight(NamedTuple):
     codes: uint16 array of `shape`, or None.
     scale, zero_point: [rows] float32: value = (code - zero_point) * scale; None with `centres`.
     centres: [rows, centres] float32: value = centres[row, code]; or None.
+    factor: float32 array that broadcasts against the weight: what the values of the codes are
+      divided by; or None.
     zeros: bool array of `shape`: weights that are zero whatever their code says; or None.
     sizes: {part, such as 'codes' or 'scale': bytes in the file}.
   """
@@ -72,6 +74,7 @@ class Weight(NamedTuple):
   scale: np.ndarray | None = None
   zero_point: np.ndarray | None = None
   centres: np.ndarray | None = None
+  factor: np.ndarray | None = None
   zeros: np.ndarray | None = None
   sizes: dict | None = None
 
@@ -107,6 +110,8 @@ class Weight(NamedTuple):
     else:
       values = self.codes.astype(np.float32) - self.spread(self.zero_point)
       values = values * self.spread(self.scale)
+    if self.factor is not None:
+      values = values / self.factor
     return values if self.zeros is None else np.where(self.zeros, np.float32(0.0), values)
 
 
@@ -306,6 +311,10 @@ def _weight(entry, sections):
     else:
       zero_point = np.full(rows, zero_point, np.float32)
     weight = weight._replace(scale=scale, zero_point=zero_point)
+  if 'factor' in entry:
+    kept = [size if axis in entry['factor'] else 1 for axis, size in enumerate(weight.shape)]
+    factor = take('factor', sections.array, math.prod(kept), float32)
+    weight = weight._replace(factor=factor.reshape(kept))
   if entry.get('zeros'):
     zeros = take('zeros', sections.codes, count, 1)
     weight = weight._replace(zeros=zeros.reshape(weight.shape).astype(bool))

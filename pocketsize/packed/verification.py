@@ -14,6 +14,7 @@ _KINDS = {
   'scale': 'codebook_bytes',
   'zero_point': 'codebook_bytes',
   'centres': 'codebook_bytes',
+  'factor': 'codebook_bytes',
   'values': 'float_bytes',
 }
 
@@ -27,7 +28,8 @@ def verify(path, model):
 
   Returns:
     The report's `packed`: path, bytes, plain_bytes (without entropy coding), codes_bytes,
-    codebook_bytes (scales, zero points, centres), float_bytes, bits_per_weight, exact, note.
+    codebook_bytes (scales, zero points, centres, factors), float_bytes, bits_per_weight, exact,
+    note.
 
   Raises:
     UserError: the file is damaged or holds other weights.

@@ -143,7 +143,7 @@ def _of_codes(path, values, codes):
     codes=integers.astype(np.uint16),
     **{
       name: np.asarray(getattr(codes, name), np.float32)
-      for name in ('scale', 'zero_point', 'centres')
+      for name in ('scale', 'zero_point', 'centres', 'factor')
       if getattr(codes, name) is not None
     },
   )
@@ -208,6 +208,9 @@ def _described(weight):
       entry['zero_point'] = float(weight.zero_point[0])
     else:
       parts['zero_point'] = weight.zero_point, None
+  if weight.factor is not None:
+    entry['factor'] = [axis for axis, size in enumerate(weight.factor.shape) if size > 1]
+    parts['factor'] = weight.factor, None
   if weight.zeros is not None:
     entry['zeros'] = True
     parts['zeros'] = weight.zeros.astype(np.uint16), 1

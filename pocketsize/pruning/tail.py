@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from pocketsize.instrument import with_preactivation
+from pocketsize.calls import with_preactivation
 
 
 def channel_scores(gradient):

@@ -9,15 +9,15 @@ from pocketsize.quantization import ranges
 from pocketsize.quantization.kernel_quantizer import KernelQuantizer
 from pocketsize.quantization.quantizers import SEARCH_BITS
 from pocketsize.quantization.row_ranges import affine_grid
-from pocketsize.transform import Codes
+from pocketsize.transform import Codes, Grid
 
 
 @keras.saving.register_keras_serializable(package='pocketsize')
 class AsymmetricWeightQuantizer(KernelQuantizer):
   """Values (code - zero point) * scale with codes from 0 to 2^bits - 1; straight-through gradient.
 
-  Zero is a value. The range of a row is found by `fit`; the kernel has no symmetric grid, so files
-  hold it as int8 by output channel.
+  Zero is a value. The range of a row is found by `fit`. Codes less the zero point are a grid
+  of bits + 1 bits, for up to 7 bits; for 8 bits files hold int8 by output channel.
 
   Args:
     start: how the range is found in the kernel, one of `ranges.NAMES`; 'auto' is the least squared
@@ -56,6 +56,11 @@ class AsymmetricWeightQuantizer(KernelQuantizer):
 
   def call(self, kernel, training=None):
     return ste.replace(kernel, self.by_rows(kernel, self._quantize))
+
+  def grid(self, kernel):
+    if self.groups.broadcast is None or self.bits > 7:
+      return None
+    return Grid(keras.ops.convert_to_numpy(self.scale), self.bits + 1)
 
   def codes(self, kernel):
     scale, zero_point = self.per_row(self.scale), self.per_row(self.zero_point)

@@ -210,7 +210,6 @@ class BinaryActivation(Switched, Calibrated):
     return start * tf.exp(self.scale_logarithm.value), tf.sigmoid(self.threshold_logits.value)
 
   def operations(self):
-    """Returns a function of x that computes the same by operations and constants alone."""
     scale, threshold = (array.numpy() for array in self._scale_and_threshold(self.start.value))
     return lambda x: step_function(x, scale, threshold)
 

@@ -22,7 +22,8 @@ class Dorefa(KernelQuantizer):
   Deviation: m is the largest magnitude of the row when `fit` was called last; it is 1 in the paper,
   which trains from random weights. A float model hence begins with weights of their own size.
 
-  The levels are odd multiples of m / n: a grid of bits + 1 bits, for up to 7 bits.
+  The levels are odd multiples of m / n: a grid of bits + 1 bits, for up to 7 bits. Weights of
+  exactly 0, such as pruned ones, are no level but stay 0.
   """
 
   without_grid = 'on levels that no format has'
@@ -47,9 +48,8 @@ class Dorefa(KernelQuantizer):
     largest = tf.stop_gradient(tf.reduce_max(tf.abs(bounded), axis=axes, keepdims=True))
     bounded = tf.math.divide_no_nan(bounded, largest) / 2.0
     codes = tf.round(self._highest * (tf.stop_gradient(bounded) + 0.5))
-    return ste.replace(
-      bounded * self._highest * self.scale, (codes - self._highest / 2.0) * self.scale
-    )
+    levels = tf.where(tf.equal(values, 0.0), 0.0, (codes - self._highest / 2.0) * self.scale)
+    return ste.replace(bounded * self._highest * self.scale, levels)
 
   def call(self, kernel, training=None):
     return self.by_rows(tf.convert_to_tensor(kernel), self._quantize)

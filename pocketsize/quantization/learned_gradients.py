@@ -39,7 +39,7 @@ def quantize_by_scale(x, scale, bits, gradient_scale=1.0):
       inside = tf.abs(ratio) <= high
       by_scale = tf.where(inside, tf.round(ratio) - ratio, high * tf.sign(ratio))
       if bits == 1:
-        inside, by_scale = tf.ones_like(inside), tf.where(x >= 0, 1.0, -1.0)
+        inside, by_scale = tf.ones_like(inside), tf.sign(x)
       axes = [axis for axis, size in enumerate(scale.shape) if size == 1]
       to_scale = tf.reduce_sum(upstream * by_scale, axis=axes, keepdims=True)
       return tf.where(inside, upstream, 0.0), to_scale * gradient_scale

@@ -36,7 +36,7 @@ class NonUniformConfig(QuantizationConfig):
     mode: what trains, 'weights', 'clusters' (or 'cluster') or 'both'; one for all layers.
     refit_every: steps between two moves of the centres to the means of their weights, in mode
       'weights'.
-    keep_zeros: rows that have weights of exactly 0 have a centre of exactly 0.
+    keep_zeros: as of `QuantizationConfig`; rows that have such weights have a centre of exactly 0.
   """
 
   WEIGHT_BITS: ClassVar[range] = BITS
@@ -46,7 +46,6 @@ class NonUniformConfig(QuantizationConfig):
   start: str = 'kmeans'
   mode: str = 'weights'
   refit_every: int = 50
-  keep_zeros: bool = True
 
   def __post_init__(self):
     super().__post_init__()

@@ -14,6 +14,7 @@ from pocketsize.errors import UserError
 from pocketsize.quantization.groups import GRANULARITIES
 from pocketsize.quantization.placement import quantized_tensors
 from pocketsize.quantization.quantizers import BITS, ActivationQuantizer
+from pocketsize.sparsity.frozen_zeros import freeze_zeros
 from pocketsize.transform import Placement
 
 FLOAT_BITS = 32
@@ -34,6 +35,7 @@ class QuantizationConfig:
       activations, the model's input and output as well; 0 treats them like the others.
     end_weight_bits: instead of `end_bits` for the weights; None: the same.
     momentum: of the activations' running ranges, in [0, 1).
+    keep_zeros: weights of exactly 0, such as pruned ones, stay 0 while the model is trained.
   """
 
   WEIGHT_BITS: ClassVar[range] = BITS
@@ -45,6 +47,7 @@ class QuantizationConfig:
   end_bits: int = END_BITS
   end_weight_bits: int | None = None
   momentum: float = 0.99
+  keep_zeros: bool = True
 
   def __post_init__(self):
     for name, legal in (('weight_bits', self.WEIGHT_BITS), ('activation_bits', BITS)):
@@ -74,7 +77,7 @@ class QuantizationConfig:
   @classmethod
   def neutral(cls):
     """Returns the configuration that changes nothing."""
-    return cls(weight_bits=FLOAT_BITS, activation_bits=FLOAT_BITS)
+    return cls(weight_bits=FLOAT_BITS, activation_bits=FLOAT_BITS, keep_zeros=False)
 
 
 class Quantization(Compressor):
@@ -120,7 +123,8 @@ class Quantization(Compressor):
       if config.weight_bits != FLOAT_BITS
       for point in targets.weight_points(graph.layers[path])
     ]
-    return weights + self._activations(graph)
+    kept = [path for path, config in self.configs.items() if config.keep_zeros]
+    return freeze_zeros(graph, kept) + weights + self._activations(graph)
 
   def _activations(self, graph):
     placements = []

@@ -31,8 +31,8 @@ def highest_code(bits):
 def quantize_symmetric(x, scale, bits):
   """Returns x on the grid: round(clip(x / scale, -h, h)) * scale with h = 2^(bits-1) - 1.
 
-  One bit is the sign: +scale for x >= 0, -scale below (Rastegari et al. 2016). A scale of 0 gives
-  0.
+  One bit is the sign, +scale above 0 and -scale below (Rastegari et al. 2016); exact zeros, such as
+  pruned weights, stay. A scale of 0 gives 0.
 
   Args:
     x: float tensor or array.
@@ -40,7 +40,7 @@ def quantize_symmetric(x, scale, bits):
     bits: 1 to 16.
   """
   if bits == 1:
-    return tf.where(x >= 0, scale, -scale) * tf.ones_like(x)
+    return tf.sign(x) * scale
   high = highest_code(bits)
   return tf.clip_by_value(tf.round(tf.math.divide_no_nan(x, scale)), -high, high) * scale
 
@@ -48,8 +48,8 @@ def quantize_symmetric(x, scale, bits):
 def weight_scale(groups, bits, start=ranges.AUTO):
   """Returns the scale of each group of weights.
 
-  One bit: the mean magnitude, which minimizes the squared error (Rastegari et al. 2016, equation
-    6), whatever `start` is.
+  One bit: the mean magnitude of the weights that are not 0, which minimizes the squared error
+    (Rastegari et al. 2016, equation 6), whatever `start` is.
   Up to 4 bits, and with 'mse': the range, 0.3 to 1.0 of the largest magnitude, with the least
     squared error.
   Else: the larger end of the range that `start` finds over the highest code; with 'auto' that is
@@ -66,7 +66,8 @@ def weight_scale(groups, bits, start=ranges.AUTO):
   groups = np.asarray(groups, np.float64)
   magnitude = np.abs(groups)
   if bits == 1:
-    return magnitude.mean(axis=1).astype(np.float32)
+    count = np.count_nonzero(magnitude, axis=1)
+    return (magnitude.sum(axis=1) / np.maximum(count, 1)).astype(np.float32)
   high = highest_code(bits)
   if start == 'mse' or (start == ranges.AUTO and bits <= SEARCH_BITS):
     return _searched_scale(magnitude, high)

@@ -119,7 +119,8 @@ class Tfmot(Compressor):
       if node.is_input and not chains[node]:
         return args[0]
       if not chains[node]:
-        return node.operation(*args, **kwargs)
+        given = {**kwargs, 'training': training} if node.takes_training else kwargs
+        return node.operation(*args, **given)
       tensors = [each for each in keras.tree.flatten((args, kwargs)) if keras.ops.is_tensor(each)]
       outputs = tensors if len(tensors) > 1 else tensors[0]
       for layer in chains[node]:

@@ -3,7 +3,8 @@
 Weights symmetric and narrow, activations affine; where, says `placement`. Scales are fitted to the
 kernels and ranges are running averages, or both are trained (`learned`). Batch norm stays as it is
 while training: folding it into a kernel later multiplies each output channel's scale and leaves the
-integer codes as they are.
+integer codes as they are. Where output channels share a scale, that is another scale for each; with
+`fold_batch_norm` they share it once folded (`folded`).
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ from pocketsize.errors import UserError
 from pocketsize.quantization import ranges
 from pocketsize.quantization.asymmetric import AsymmetricWeightQuantizer
 from pocketsize.quantization.dorefa import Dorefa
+from pocketsize.quantization.folded import Factors, FoldedQuantizer, folded
 from pocketsize.quantization.learned import LearnedRange, LearnedScale, Pact
 from pocketsize.quantization.placing import Quantization, QuantizationConfig
 from pocketsize.quantization.quantizers import ActivationQuantizer, WeightQuantizer
@@ -38,6 +40,8 @@ class UniformConfig(QuantizationConfig):
       'mse'; 'auto': the mean of the batches' extremes; the largest magnitude of a row, or the least
       squared error up to 4 bits.
     pact_decay: factor w of the penalty w/2 alpha^2 over the ends alpha of 'pact', not negative.
+    fold_batch_norm: weights are put on levels as they are with the batch norm behind them folded
+      in; it matters where output channels share a scale. Needs 2 bits.
   """
 
   scale_every: int = 50
@@ -45,6 +49,7 @@ class UniformConfig(QuantizationConfig):
   activation_range: str = 'running'
   range_start: str = ranges.AUTO
   pact_decay: float = 1e-4
+  fold_batch_norm: bool = False
 
   def __post_init__(self):
     super().__post_init__()
@@ -63,6 +68,10 @@ class UniformConfig(QuantizationConfig):
       )
     if not self.pact_decay >= 0.0:
       raise UserError(f'`pact_decay` must be at least 0. Received: {self.pact_decay}.')
+    if self.fold_batch_norm and self.weight_bits == 1:
+      # A sign forgets how large a weight is. Nothing would hold a channel's size, which follows
+      # from the factor, and the factor from it.
+      raise UserError('`fold_batch_norm` needs `weight_bits` of at least 2. Received: 1.')
     if self.scale_every < 1:
       raise UserError(f'`scale_every` must be at least 1. Received: {self.scale_every}.')
 
@@ -72,7 +81,14 @@ class Uniform(Quantization):
   """Fake quantization of weights and of the activations that integer kernels write."""
 
   Config = UniformConfig
-  Quantizer = (WeightQuantizer, LearnedScale, Dorefa, AsymmetricWeightQuantizer)
+  Quantizer = (WeightQuantizer, LearnedScale, Dorefa, AsymmetricWeightQuantizer, FoldedQuantizer)
+
+  def plan(self, graph):
+    placements = super().plan(graph)
+    return folded(placements, graph, lambda path: self._folds(path))
+
+  def _folds(self, path):
+    return path in self.configs and self.configs[path].fold_batch_norm
 
   def kernel_quantizer(self, config, channel_axes):
     arguments = (config.weight_bits, config.granularity, channel_axes, config.bucket_size)
@@ -96,9 +112,13 @@ class Uniform(Quantization):
 
   def bind(self, model):
     super().bind(model)
+    self._factors = Factors(model)
+    # Scales may be fitted before the first step.
+    self._factors.update()
     self._pacts = [transform for transform in model.transforms if isinstance(transform, Pact)]
 
   def update(self, step):
+    self._factors.update()
     for quantizer, kernel in self.due(lambda config: step % config.scale_every == 0):
       if quantizer.refits or not quantizer.is_fitted:
         quantizer.fit(kernel)

@@ -24,6 +24,9 @@ _FORMATS = flags.DEFINE_list(
 _NAME = flags.DEFINE_string(
   'name', None, "what the files' names begin with; default: the name of --model"
 )
+_TFLITE_INT4 = flags.DEFINE_bool(
+  'tflite_int4', False, 'TFLite files store weights of up to 4 bits in 4 bits: smaller, and slower'
+)
 _PACKED = flags.DEFINE_bool(
   'packed', False, 'also write the weights at exactly their bits, to a .packed file'
 )
@@ -32,7 +35,9 @@ _PACKED = flags.DEFINE_bool(
 def main():
   model = load_model(_MODEL.value)
   name = _NAME.value or pathlib.Path(_MODEL.value).stem
-  files = conversion.export(model, _OUTPUT.value, _FORMATS.value, name)
+  files = conversion.export(
+    model, _OUTPUT.value, _FORMATS.value, name, tflite_int4=_TFLITE_INT4.value
+  )
   rows = []
   for file in files:
     operations = ' / '.join(map(str, conversion.count_ops(file.path)))

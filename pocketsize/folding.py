@@ -6,6 +6,17 @@ import numpy as np
 from pocketsize import targets
 
 
+def batch_norm_factor(variance, epsilon, gamma=None):
+  """Returns what a batch norm multiplies by, [channels]: gamma / sqrt(variance + epsilon).
+
+  Args:
+    variance, gamma: [channels] float arrays or tensors; gamma None for a batch norm without scale.
+    epsilon: positive.
+  """
+  factor = (variance + epsilon) ** -0.5
+  return factor if gamma is None else factor * gamma
+
+
 def batch_norm_factors(layer, weights=None):
   """Returns (factor, offset), [channels] float64: a BatchNormalization is x * factor + offset.
 
@@ -19,9 +30,7 @@ def batch_norm_factors(layer, weights=None):
     if getattr(layer, name) is not None
   }
   mean, variance = (values[name].astype(np.float64) for name in ('moving_mean', 'moving_variance'))
-  factor = 1.0 / np.sqrt(variance + layer.epsilon)
-  if layer.scale:
-    factor = factor * values['gamma']
+  factor = batch_norm_factor(variance, layer.epsilon, values.get('gamma'))
   offset = -mean * factor
   return factor, offset + values['beta'] if layer.center else offset
 
@@ -48,6 +57,21 @@ def foldable(graph, separates):
     ):
       nodes[before] = node
   return nodes
+
+
+def followers(graph):
+  """Returns {path of a layer: path of the batch norm that folds into every call of it}.
+
+  A layer that is called several times is there if the same batch norm follows each call.
+
+  Args:
+    graph: a `Graph`.
+  """
+  pairs = foldable(graph, lambda before, after: False)
+  found = {}
+  for node in graph.nodes:
+    found.setdefault(node.path, set()).add(pairs[node].path if node in pairs else None)
+  return {path: min(after) for path, after in found.items() if len(after) == 1 and after != {None}}
 
 
 def _is_linear(layer):

@@ -1,0 +1,256 @@
+"""The integers in a file are those of training, for every kind of quantizer."""
+
+import keras
+import numpy as np
+import pytest
+import stored_integers
+from conversion_models import randomized
+from keras import layers
+from onnx import load as load_onnx
+from onnx import version_converter
+from toys import images
+
+import pocketsize
+from pocketsize import conversion
+from pocketsize.conversion import onnx, openvino, tflite
+from pocketsize.conversion.kernels import layout
+from pocketsize.conversion.lowering import Lowered
+from pocketsize.quantization.range_quantizer import RangeQuantizer
+
+INT8 = ('tflite_int8', 'onnx_qdq', 'openvino_int8')
+CHANNELS_OF_TENSOR = 5
+
+
+def net():
+  """Convolutions with batch norm, a sum of two branches and a dense layer; 4 outputs."""
+  keras.utils.set_random_seed(0)
+
+  def convolve(x, channels, size, name):
+    x = layers.Conv2D(channels, size, padding='same', use_bias=False, name=name)(x)
+    return layers.BatchNormalization(name=f'{name}_bn')(x)
+
+  inputs = keras.Input((8, 8, 3), name='images')
+  x = layers.ReLU(name='relu0')(convolve(inputs, 6, 3, 'channel'))
+  y = layers.ReLU(name='relu1')(convolve(x, CHANNELS_OF_TENSOR, 3, 'tensor'))
+  x = layers.ReLU(name='relu2')(layers.Add(name='add')([convolve(y, 6, 1, 'bucket'), x]))
+  x = layers.GlobalAveragePooling2D(name='pool')(x)
+  return randomized(keras.Model(inputs, layers.Dense(4, name='dense')(x), name='net'))
+
+
+def quantized(**config):
+  """Returns the net with three granularities, as after some training: off where ranges began."""
+  common = {'end_bits': 0, **config}
+  model, _ = pocketsize.compress(
+    net(),
+    [
+      {**common, 'granularity': 'channel'},
+      {**common, 'granularity': 'tensor', 'op_names': ['tensor']},
+      {**common, 'granularity': 'bucket', 'bucket_size': 7, 'op_names': ['bucket']},
+    ],
+    calibration=[images(16)],
+  )
+  rng = np.random.default_rng(1)
+  batch_norms = {
+    variable.path
+    for layer in model.source.layers
+    if isinstance(layer, layers.BatchNormalization)
+    for variable in layer.variables
+  }
+  for variable in model.trainable_variables:
+    if variable.path not in batch_norms:
+      variable.assign(variable * rng.uniform(0.9, 1.1, variable.shape))
+  return model
+
+
+def factors(model, path):
+  """Returns what the batch norm behind a layer multiplies its output channels by, float64."""
+  if path == 'dense':
+    return np.ones(4)
+  layer = model.source.get_layer(f'{path}_bn')
+  gamma, variance = (np.array(value, np.float64) for value in (layer.gamma, layer.moving_variance))
+  return gamma / np.sqrt(variance + layer.epsilon)
+
+
+def trained_integers(model, path):
+  """Returns (codes, scale) of a kernel, batch norm folded in; scale broadcasts against codes.
+
+  Levels that are halves of a step from zero are odd multiples of half of it.
+  """
+  (quantizer,) = model.transforms_at(path, 'kernel')
+  found = quantizer.codes(model.baked(path, 'kernel'))
+  by_row = [np.reshape(row, found.groups.broadcast) for row in (found.zero_point, found.scale)]
+  halves = 2 if np.any(found.zero_point % 1.0) else 1
+  codes = np.asarray((found.codes - by_row[0]) * halves)
+  factor = factors(model, path)
+  assert np.array_equal(codes, np.round(codes))
+  return (codes * np.sign(factor)).astype(np.int8), by_row[1] / halves * np.abs(factor)
+
+
+def assert_in(stored, codes, scale, name):
+  """Asserts that a file has codes, bit for bit, with their scale; returns their bits in it."""
+  for stored_codes, stored_scale, bits in stored.kernels:
+    order = layout(codes, stored_codes)
+    if order is not None:
+      np.testing.assert_array_equal(codes.transpose(order).ravel(), stored_codes.ravel(), name)
+      wanted = np.broadcast_to(scale, codes.shape).transpose(order).reshape(stored_codes.shape)
+      # A channel that batch norm erases has codes 0 and any scale.
+      live = wanted != 0.0
+      got = np.broadcast_to(stored_scale, wanted.shape)
+      np.testing.assert_allclose(got[live], wanted[live], rtol=3e-7, err_msg=name)
+      return bits
+  raise AssertionError(f'no kernel has the codes of {name}')
+
+
+def assert_nearest_in(stored, deployed, factor, name):
+  """Asserts that a file has the int8 codes that are nearest to a kernel, by output channel."""
+  step = np.abs(deployed).max(axis=tuple(range(deployed.ndim - 1))) / 127.0
+  codes = (np.round(deployed / np.where(step > 0, step, 1)) * np.sign(factor)).astype(np.int8)
+  assert_in(stored, codes, step * np.abs(factor), name)
+
+
+def assert_activations_are_those_of(model, stored, format_):
+  """Bit for bit; two units in the last place for OpenVINO's files, which have ends of ranges."""
+  expected = set()
+  for place in model.placements:
+    if isinstance(place.transform, RangeQuantizer):
+      low, high = place.transform.range()
+      scale = (high - low) / 255.0
+      expected.add((np.float32(scale), round(-low / scale)))
+  assert len(expected) > 2
+  ulps = 2 if format_ == 'openvino_int8' else 0
+  for some, others in ((expected, stored.activations), (stored.activations, expected)):
+    for scale, zero_point in some:
+      assert any(
+        zero_point == other and abs(scale - near) <= ulps * np.spacing(scale)
+        for near, other in others
+      ), (format_, scale, zero_point)
+
+
+def export(model, folder, **options):
+  return {
+    file.format: (file, stored_integers.read(file.path))
+    for file in conversion.export(model, folder, INT8, **options)
+  }
+
+
+CASES = [
+  ('fitted', 'running', 8),
+  ('fitted', 'learned', 4),
+  ('fitted', 'running', 2),
+  ('fitted', 'running', 1),
+  ('learned', 'learned', 8),
+  ('learned', 'learned_symmetric', 3),
+  ('learned_log2', 'pact', 4),
+  ('dorefa', 'pact', 4),
+  ('dorefa', 'running', 3),
+  ('dorefa', 'running', 8),
+  ('asymmetric', 'running', 3),
+  ('asymmetric', 'running', 6),
+  ('asymmetric', 'learned', 8),
+]
+
+
+@pytest.mark.parametrize(('weights', 'activations', 'bits'), CASES)
+def test_codes_scales_and_zero_points_are_those_of_training(weights, activations, bits, tmp_path):
+  model = quantized(
+    algorithm='uniform', weight_range=weights, activation_range=activations, weight_bits=bits
+  )
+  has_grid = weights not in ('dorefa', 'asymmetric') or bits < 8
+  for format_, (file, stored) in export(model, tmp_path, tflite_int4=True).items():
+    for path in ('channel', 'tensor', 'dense') if has_grid else ():
+      codes, scale = trained_integers(model, path)
+      held = assert_in(stored, codes, scale, path)
+      assert held == (4 if np.abs(codes + 0.5).max() < 8 else 8), (format_, path)
+    for path in ('bucket',) if has_grid else ('channel', 'tensor', 'bucket', 'dense'):
+      assert_nearest_in(stored, model.baked(path, 'kernel'), factors(model, path), path)
+    assert f'{bits}-bit weights' in file.note and 'as int8 by output channel' in file.note
+    assert_activations_are_those_of(model, stored, format_)
+    stores = 'int4' if {held for *_, held in stored.kernels} == {4, 8} else 'int8'
+    if has_grid and bits < 8:
+      assert f'{bits}-bit weights as {stores} codes of the same scale' in file.note
+
+
+@pytest.mark.parametrize('mode', ['weights', 'clusters', 'both'])
+def test_trained_centres_are_rounded_to_int8_and_the_note_says_so(mode, tmp_path):
+  model = quantized(algorithm='non-uniform', weight_bits=3, mode=mode)
+  for format_, (file, stored) in export(model, tmp_path).items():
+    for path in ('channel', 'tensor', 'bucket', 'dense'):
+      assert_nearest_in(stored, model.baked(path, 'kernel'), factors(model, path), path)
+    assert '3-bit weights of trained centres, which no format has, as int8' in file.note
+    assert_activations_are_those_of(model, stored, format_)
+
+
+def test_binary_weights_are_plus_and_minus_one(tmp_path):
+  model, stack = pocketsize.compress(
+    net(), [{'algorithm': 'binary', 'keep_ends': False}], calibration=[images(16)]
+  )
+  for file, stored in export(model, tmp_path).values():
+    for path in ('channel', 'tensor', 'bucket', 'dense'):
+      if model.transforms_at(path, 'kernel'):
+        codes, scale = trained_integers(model, path)
+        assert set(np.unique(codes)) <= {-1, 0, 1}
+        assert_in(stored, codes, scale, path)
+    assert '1-bit activations as float32 operations' in file.note
+
+
+@pytest.mark.parametrize('activation_bits', [8, 32])
+@pytest.mark.parametrize('format_', INT8)
+def test_files_of_four_bits_compute_what_those_of_int8_do(format_, activation_bits, tmp_path):
+  """LiteRT computes them by other kernels, which round halves otherwise: a step of 256 or two."""
+  model = quantized(algorithm='uniform', weight_bits=4, activation_bits=activation_bits)
+  x = images(16, seed=3)
+  step = np.ptp(model(x)) / 128
+  writer = {'tflite_int8': tflite, 'onnx_qdq': onnx, 'openvino_int8': openvino}[format_]
+  suffix = {'tflite_int8': 'tflite', 'onnx_qdq': 'onnx', 'openvino_int8': 'xml'}[format_]
+  narrow, wide = (tmp_path / f'{name}.{suffix}' for name in ('narrow', 'wide'))
+  assert len(writer.convert(Lowered(model, True), narrow, int4=True)) == 3
+  assert writer.convert(Lowered(model, True), wide, int4=False) == []
+  for path, widths in ((narrow, {4, 8}), (wide, {8})):
+    assert {held for *_, held in stored_integers.read(path).kernels} == widths
+  got, expected = (conversion.open_file(path)(x)[0] for path in (narrow, wide))
+  far = {8: 2.01 * step, 32: 1e-5}[activation_bits] if format_ == 'tflite_int8' else 0.0
+  np.testing.assert_allclose(got, expected, rtol=0, atol=far)
+  assert conversion.count_ops(narrow) == conversion.count_ops(wide)
+
+
+def test_four_bits_of_tflite_are_on_request(tmp_path):
+  model, sizes = quantized(algorithm='uniform', weight_bits=4), []
+  for int4, stored in ((False, 'int8'), (True, 'int4')):
+    (file,) = conversion.export(model, tmp_path, ['tflite_int8'], tflite_int4=int4)
+    assert f'4-bit weights as {stored} codes of the same scale' in file.note
+    sizes.append(conversion.size(file.path))
+  assert sizes[1] < sizes[0]
+
+
+def test_what_runtimes_cannot_read_as_int4_stays_int8(tmp_path):
+  """LiteRT has no transposed convolution of int4; a depthwise one it has."""
+  inputs = keras.Input((8, 8, 3), name='images')
+  x = layers.Conv2DTranspose(4, 3, 2, name='transposed')(inputs)
+  x = layers.DepthwiseConv2D(3, name='depthwise')(x)
+  source = keras.Model(inputs, layers.Conv2D(5, 3, name='conv')(x))
+  model, _ = pocketsize.compress(
+    source,
+    [{'algorithm': 'uniform', 'weight_bits': 4, 'end_bits': 0}],
+    calibration=[images(8)],
+  )
+  for format_, (file, stored) in export(model, tmp_path, tflite_int4=True).items():
+    bits = sorted(held for *_, held in stored.kernels)
+    assert bits == ([4, 4, 8] if format_ == 'tflite_int8' else [4, 4, 4])
+    assert ('as int8 codes' in file.note) == (format_ == 'tflite_int8')
+    assert 'as int4 codes' in file.note
+    x = images(4, seed=3)
+    step = np.ptp(model(x)) / 128
+    np.testing.assert_allclose(conversion.open_file(file.path)(x)[0], model(x), atol=3 * step)
+
+
+def test_an_onnx_model_that_cannot_have_a_newer_opset_keeps_int8(tmp_path, monkeypatch):
+
+  def refuse(*_):
+    raise version_converter.ConvertError('no adapter')
+
+  monkeypatch.setattr(version_converter, 'convert_version', refuse)
+  model = quantized(algorithm='uniform', weight_bits=4)
+  (file,) = conversion.export(model, tmp_path, ['onnx_qdq'])
+  assert '4-bit weights as int8 codes of the same scale' in file.note
+  assert {held for *_, held in stored_integers.read(file.path).kernels} == {8}
+  assert load_onnx(file.path).opset_import[0].version == 17
