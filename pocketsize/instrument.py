@@ -24,6 +24,8 @@ class Instrumented(keras.Model):
     graph: its `Graph`.
     transforms: all transforms, in order of placement, each once.
     stack: the `Stack` whose loss training adds, or None. Not saved.
+    computed_by: `computed_by(node, args, kwargs, training)` computes a node and the transforms at
+      it in place of this class, such as layers of another library; None as a rule. Not saved.
   """
 
   def __init__(self, source, placements=(), name=None, **kwargs):
@@ -31,6 +33,7 @@ class Instrumented(keras.Model):
     self.source = source
     self.graph = Graph(source)
     self.stack = None
+    self.computed_by = None
     placements = sorted(placements, key=lambda placement: placement.transform.order)
     self._places = [(placement.path, placement.point) for placement in placements]
     self.transforms = list(
@@ -121,15 +124,20 @@ class Instrumented(keras.Model):
     Args:
       inputs: as `source` takes them.
       training: as for any Keras model; or a function of the node that says so.
-      activate: `activate(transform, x)` in place of applying a transform to an activation.
+      activate: `activate(transform, x)` in place of applying a transform to an activation; with it
+        `computed_by` is passed by.
       observe: `observe(node, outputs)` is told what each node computes.
     """
     model = functional(self.source)
 
     def call(node, args, kwargs):
       mode = training(node) if callable(training) else training
-      apply = activate or (lambda transform, x: transform(x, training=mode))
-      outputs = self._call_node(node, args, kwargs, mode, apply)
+      if self.computed_by and not activate:
+        mode = bool(mode) and not node.inference_only
+        outputs = self.computed_by(node, args, kwargs, mode)
+      else:
+        apply = activate or (lambda transform, x: transform(x, training=mode))
+        outputs = self._call_node(node, args, kwargs, mode, apply)
       if observe:
         observe(node, outputs)
       return outputs

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from nets import convnet_at_digits, resnet_at_cifar10
+from pocketsize.quantization.twin import build_twin
 from tools.benchmark import rounds, step_time, step_variants
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -40,10 +41,8 @@ def _randomized(module, **options):
   [(convnet_at_digits, {}), (resnet_at_cifar10, {}), (resnet_at_cifar10, {'shortcut': 'pad'})],
 )
 def test_the_twin_computes_the_same(module, options):
-  from tools.benchmark.twin import build_twin
-
   model = _randomized(module, **options)
-  twin = build_twin(model)
+  twin = build_twin(model).model
   x = np.random.default_rng(6).normal(size=(3, *model.input_shape[1:])).astype(np.float32)
   np.testing.assert_allclose(twin(x), model(x), atol=1e-4, rtol=1e-4)
   assert np.ptp(model(x), axis=0).min() > 1e-3
@@ -51,12 +50,10 @@ def test_the_twin_computes_the_same(module, options):
 
 
 @needs_references
-@pytest.mark.parametrize('operation', [keras.layers.Softmax(name='odd'), keras.ops.negative])
+@pytest.mark.parametrize('operation', [keras.layers.PReLU(name='odd'), keras.ops.negative])
 def test_what_has_no_twin_is_refused(operation):
-  from tools.benchmark.twin import build_twin
-
   inputs = keras.Input((4,))
-  with pytest.raises(ValueError, match='A twin has .* Received: '):
+  with pytest.raises(ValueError, match='A tf_keras twin has .* Received: '):
     build_twin(keras.Model(inputs, operation(inputs)))
 
 

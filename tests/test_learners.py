@@ -29,6 +29,7 @@ UNIFORM = [
 ]
 FROZEN = [*UNIFORM, '--uql_fold_bn', '--freeze_bn_delay=12']
 NON_UNIFORM = ['--learner=non-uniform', '--nuql_opt_mode=both', '--nuql_quant_epochs=2']
+UNIFORM_TF = ['--learner=uniform-tf', '--uqtf_quant_delay=4', '--uqtf_freeze_bn_delay=12']
 SPARSE = ['--learner=weight-sparse', '--ws_prune_ratio_prtl=heurist', '--ws_mask_update_step=3']
 
 
@@ -99,6 +100,7 @@ DISTILLED = [*SPARSE, '--enbl_dst', '--loss_w_dst_features=1', '--dst_features=R
         ('uniform', UNIFORM),
         ('non-uniform', NON_UNIFORM),
         ('sparse-distilled', DISTILLED),
+        ('uniform-tf', UNIFORM_TF),
       )
       for step in (1, 15)
     ),

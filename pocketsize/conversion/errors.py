@@ -12,6 +12,8 @@ _PACKAGES = {
   'onnxruntime': 'onnxruntime',
   'openvino': 'openvino',
   'ai_edge_litert': 'ai-edge-litert',
+  'tf_keras': 'tf_keras',
+  'tensorflow_model_optimization': 'tensorflow-model-optimization',
 }
 
 

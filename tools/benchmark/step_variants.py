@@ -9,6 +9,7 @@ from pocketsize.configure import compress
 from pocketsize.instrument import instrument
 from pocketsize.quantization.non_uniform import NonUniformConfig
 from pocketsize.quantization.placing import FLOAT_BITS
+from pocketsize.quantization.twin import build_twin
 from pocketsize.quantization.uniform import UniformConfig
 from pocketsize.sparsity.magnitude import MagnitudeConfig
 from tools.benchmark.rounds import Variant
@@ -35,10 +36,7 @@ class Bench:
     return self.helper.build()
 
   def twin(self):
-    # Imported here: without tfmot the variants that do not need it still run.
-    from tools.benchmark.twin import build_twin
-
-    return build_twin(self.net())
+    return build_twin(self.net()).model
 
   def keras(self, model, before=lambda number: None, **fields):
     """Returns the variant that trains a Keras 3 model after `before(number)`."""

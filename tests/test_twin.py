@@ -1,0 +1,178 @@
+"""The tf_keras twin: equal outputs for every layer type, and what has no twin."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+from toys import MODELS, images
+
+from pocketsize.errors import UserError
+from pocketsize.graph import Graph
+from pocketsize.quantization import twin
+from pocketsize.quantization.twin import build_twin
+
+pytest.importorskip('tf_keras')
+
+IMAGE, ROW = (6, 6, 4), (6, 4)
+# Type: layers of it, each with the shape of its input.
+ONE_INPUT = {
+  'Conv1D': [(layers.Conv1D(3, 3, 2, 'same', activation='relu'), ROW)],
+  'Conv2D': [
+    (layers.Conv2D(6, 3, 2, 'same', groups=2, use_bias=False), IMAGE),
+    (layers.Conv2D(3, 3, dilation_rate=2, activation='silu'), IMAGE),
+  ],
+  'DepthwiseConv2D': [(layers.DepthwiseConv2D(3, 2, 'same', depth_multiplier=2), IMAGE)],
+  'SeparableConv2D': [(layers.SeparableConv2D(5, 3, depth_multiplier=2), IMAGE)],
+  'Conv2DTranspose': [(layers.Conv2DTranspose(3, 3, 2, 'same', output_padding=1), IMAGE)],
+  'Dense': [(layers.Dense(3, activation='softmax'), (4,)), (layers.Dense(3), IMAGE)],
+  'BatchNormalization': [(layers.BatchNormalization(scale=False, epsilon=0.1), IMAGE)],
+  'ReLU': [(layers.ReLU(1.0, 0.1, 0.2), IMAGE)],
+  'LeakyReLU': [(layers.LeakyReLU(0.2), IMAGE)],
+  'Softmax': [(layers.Softmax(axis=1), IMAGE)],
+  'Activation': [(layers.Activation('tanh'), IMAGE)],
+  'ZeroPadding1D': [(layers.ZeroPadding1D((1, 2)), ROW)],
+  'ZeroPadding2D': [(layers.ZeroPadding2D(((1, 2), (0, 3))), IMAGE)],
+  'Cropping1D': [(layers.Cropping1D((1, 2)), ROW)],
+  'Cropping2D': [(layers.Cropping2D(((1, 2), (0, 3))), IMAGE)],
+  'MaxPooling1D': [(layers.MaxPooling1D(3, 2, 'same'), ROW)],
+  'MaxPooling2D': [(layers.MaxPooling2D(3, 2, 'same'), IMAGE)],
+  'AveragePooling1D': [(layers.AveragePooling1D(3, 2, 'same'), ROW)],
+  'AveragePooling2D': [(layers.AveragePooling2D(3, 2, 'same'), IMAGE)],
+  'GlobalMaxPooling1D': [(layers.GlobalMaxPooling1D(), ROW)],
+  'GlobalMaxPooling2D': [(layers.GlobalMaxPooling2D(keepdims=True), IMAGE)],
+  'GlobalAveragePooling1D': [(layers.GlobalAveragePooling1D(), ROW)],
+  'GlobalAveragePooling2D': [(layers.GlobalAveragePooling2D(keepdims=True), IMAGE)],
+  'UpSampling1D': [(layers.UpSampling1D(2), ROW)],
+  'UpSampling2D': [(layers.UpSampling2D((2, 3), interpolation='bilinear'), IMAGE)],
+  'Flatten': [(layers.Flatten(), IMAGE)],
+  'Reshape': [(layers.Reshape((-1, 8)), IMAGE)],
+  'Permute': [(layers.Permute((3, 1, 2)), IMAGE)],
+  'Dropout': [(layers.Dropout(0.5), IMAGE)],
+  'SpatialDropout1D': [(layers.SpatialDropout1D(0.5), ROW)],
+  'SpatialDropout2D': [(layers.SpatialDropout2D(0.5), IMAGE)],
+  'GaussianDropout': [(layers.GaussianDropout(0.5), IMAGE)],
+  'GaussianNoise': [(layers.GaussianNoise(0.5), IMAGE)],
+  'Rescaling': [
+    (layers.Rescaling(2.0, offset=-1.0), IMAGE),
+    (layers.Rescaling([1.0, 2.0, 3.0, 4.0]), IMAGE),
+  ],
+  'Normalization': [
+    (layers.Normalization(mean=[1.0, 2.0, 3.0, 4.0], variance=[1.0, 4.0, 0.25, 9.0]), IMAGE),
+  ],
+}
+MERGES = {
+  'Add': layers.Add,
+  'Subtract': layers.Subtract,
+  'Multiply': layers.Multiply,
+  'Average': layers.Average,
+  'Maximum': layers.Maximum,
+  'Minimum': layers.Minimum,
+  'Concatenate': layers.Concatenate,
+}
+
+
+def randomized(model):
+  """Sets all weights at random, those that scale or are variances positive."""
+  rng = np.random.default_rng(5)
+  for weight in model.weights:
+    positive = not weight.path.endswith(('kernel', 'bias'))
+    values = rng.uniform(0.5, 1.5, weight.shape) if positive else rng.normal(size=weight.shape)
+    weight.assign(values)
+  return model
+
+
+def assert_equal_outputs(model, *inputs):
+  """Between a model and its twin, within rounding, and weights that are as many."""
+  got = build_twin(model).model(inputs if len(inputs) > 1 else inputs[0], training=False)
+  expected = model(list(inputs) if len(inputs) > 1 else inputs[0], training=False)
+  for left, right in zip(keras.tree.flatten(expected), keras.tree.flatten(got), strict=True):
+    assert tuple(left.shape) == tuple(right.shape)
+    np.testing.assert_allclose(np.array(right), np.array(left), rtol=1e-4, atol=1e-4)
+    assert np.ptp(np.array(left)) > 1e-3
+
+
+def noise(shape, seed=0):
+  return np.random.default_rng(seed).normal(size=(2, *shape)).astype('float32')
+
+
+def test_every_type_is_tested():
+  assert set(twin.TYPES) == {*ONE_INPUT, *MERGES}
+
+
+@pytest.mark.parametrize(
+  'layer, shape',
+  [
+    pytest.param(*case, id=f'{name}-{number}')
+    for name, cases in ONE_INPUT.items()
+    for number, case in enumerate(cases)
+  ],
+)
+def test_a_layer_and_its_twin_compute_the_same(layer, shape):
+  inputs = keras.Input(shape)
+  model = keras.Model(inputs, layer(inputs))
+  if not isinstance(layer, layers.Normalization):
+    randomized(model)
+  assert_equal_outputs(model, noise(shape))
+
+
+@pytest.mark.parametrize('name', MERGES)
+def test_a_merge_and_its_twin_compute_the_same(name):
+  inputs = [keras.Input((4,)), keras.Input((4,))]
+  model = keras.Model(inputs, MERGES[name]()(inputs))
+  assert_equal_outputs(model, noise((4,)), noise((4,), 1))
+
+
+def test_operators_several_inputs_and_several_outputs():
+  one, other = keras.Input((4, 4, 2)), keras.Input((4, 4, 2))
+  total = ops.relu(one + other)
+  joined = ops.relu6(ops.maximum(one - other, ops.minimum(one, one * other)))
+  padded = ops.pad(joined, ((0, 0), (0, 0), (0, 0), (1, 2)))
+  model = keras.Model([one, other], [total, joined, padded])
+  assert_equal_outputs(model, noise((4, 4, 2)), noise((4, 4, 2), 1))
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_nested_and_shared_layers_are_laid_flat(name):
+  model = randomized(MODELS[name]())
+  assert_equal_outputs(model, images(2))
+  found = build_twin(model)
+  assert len(found.names) == len(Graph(model).nodes)
+  names = [each for names in found.names for each in names]
+  assert sorted(names) == sorted(layer.name for layer in found.model.layers)
+
+
+def test_frozen_layers_stay_frozen():
+  model = MODELS['nested']()
+  model.get_layer('base').trainable = False
+  built = build_twin(model).model
+  assert [layer.name for layer in built.layers if layer.weights and layer.trainable] == ['head']
+
+
+@pytest.mark.parametrize(
+  'make, received',
+  [
+    (lambda x: layers.PReLU(name='odd')(x), "'odd', a PReLU"),
+    (lambda x: ops.negative(x), 'a Negative'),
+    (lambda x: x + 1.0, 'a Add'),
+    (lambda x: x + x, 'a Add'),
+    (lambda x: ops.pad(x, ((0, 0), (1, 0), (0, 0), (0, 0))), 'a Pad'),
+    (
+      lambda x: layers.Dense(2, activation='sparse_plus', name='d')(x),
+      "'d', a Dense that tf_keras",
+    ),
+    (lambda x: layers.Normalization(1, mean=0, variance=1, name='n')(x), "'n', a Normalization"),
+  ],
+)
+def test_what_has_no_twin_is_named_with_the_legal_types(make, received):
+  inputs = keras.Input(IMAGE)
+  with pytest.raises(UserError, match='has layers of the types Conv1D, Conv2D, ') as error:
+    build_twin(keras.Model(inputs, make(inputs)))
+  assert received in str(error.value)
+
+
+def test_a_twin_that_computes_something_else_is_refused(monkeypatch):
+  monkeypatch.setitem(twin._RENAMED, ('ReLU', 'max_value'), 'threshold')
+  monkeypatch.setitem(twin._ARGUMENTS, 'ReLU', ('max_value',))
+  inputs = keras.Input(IMAGE)
+  with pytest.raises(UserError, match='must agree within 0.0001 .* Received: a difference of'):
+    build_twin(keras.Model(inputs, layers.ReLU(0.5)(inputs)))
