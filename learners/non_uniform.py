@@ -33,7 +33,9 @@ class NonUniformLearner(Learner):
       32, 'bits of the activations; 32 for float', choices=(*quantizers.BITS, FLOAT_BITS)
     )
     nuql_weight_bits_list: str | None = option(
-      None, 'bits of each layer with weights, comma-separated, in order; overrides nuql_weight_bits'
+      None,
+      'bits of each layer with weights, comma-separated, in order; or of some, as layer:bits; or a '
+      '.json file with an object of layers and bits; overrides nuql_weight_bits',
     )
     nuql_use_buckets: bool = option(
       False, 'centres for each bucket of weights instead of for each layer'

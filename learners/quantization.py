@@ -1,6 +1,8 @@
 """What the flags of quantizing learners have in common, most under the learner's own prefix."""
 
 import dataclasses
+import json
+import pathlib
 
 from pocketsize import targets
 from pocketsize.errors import UserError
@@ -73,30 +75,54 @@ def rules(config, prefix, default, graph):
     graph: of the model.
 
   Raises:
-    UserError: the list is not one of integers, or has not one for each layer with weights.
+    UserError: the list is not one of integers or of layers with integers, has not one for each
+      layer with weights, or is in a file that is not there or holds something else.
   """
   flag = f'{prefix}_weight_bits_list'
   text, everywhere = getattr(config, flag), targets.Rule(default)
   if text is None:
     return [everywhere]
-  paths = list(targets.weighted_layers(graph))
   return [everywhere] + [
     targets.Rule(
       dataclasses.replace(default, weight_bits=bits, end_weight_bits=0), op_names=(path,)
     )
-    for path, bits in zip(paths, _bits(flag, text, paths), strict=True)
+    for path, bits in _bits_by_path(flag, text, list(targets.weighted_layers(graph))).items()
   ]
 
 
-def _bits(flag, text, paths):
-  """Returns the integers of a comma-separated list that has one for each path."""
+def _bits_by_path(flag, text, paths):
+  """Returns {path: bits} of a text: bits in the order of `paths`, layers with bits, or a file."""
+  if text.endswith('.json'):
+    return _from_file(flag, pathlib.Path(text))
+  words = [word.rpartition(':') for word in text.split(',')]
   try:
-    bits = [int(word) for word in text.split(',')]
+    bits = [int(number) for _, _, number in words]
   except ValueError as error:
-    raise UserError(f'--{flag} must be integers, comma-separated. Received: {text!r}.') from error
+    raise UserError(
+      f'--{flag} must be integers, comma-separated, or layer:integer, or a .json file of them. '
+      f'Received: {text!r}.'
+    ) from error
+  named = [path for path, _, _ in words if path]
+  if len(set(named)) == len(words):
+    return dict(zip(named, bits, strict=True))
+  if named:
+    raise UserError(f'--{flag} must name every layer, each once, or none. Received: {text!r}.')
   if len(bits) != len(paths):
     raise UserError(
       f'--{flag} must have one number for each of the {len(paths)} layers '
       f'{", ".join(paths)}. Received: {len(bits)} numbers.'
     )
-  return bits
+  return dict(zip(paths, bits, strict=True))
+
+
+def _from_file(flag, path):
+  try:
+    found = json.loads(path.read_text())
+  except (OSError, ValueError) as error:
+    raise UserError(f'--{flag}={path} cannot be read: {error}.') from error
+  if not isinstance(found, dict) or not all(type(bits) is int for bits in found.values()):
+    raise UserError(
+      f'--{flag}={path} must hold an object of layers with integers, such as '
+      f'{{"conv1": 8, "dense": 4}}. Received: {str(found)[:100]}.'
+    )
+  return found

@@ -33,7 +33,9 @@ class UniformLearner(Learner):
       32, 'bits of the activations; 32 for float', choices=(*BITS, FLOAT_BITS)
     )
     uql_weight_bits_list: str | None = option(
-      None, 'bits of each layer with weights, comma-separated, in order; overrides uql_weight_bits'
+      None,
+      'bits of each layer with weights, comma-separated, in order; or of some, as layer:bits; or a '
+      '.json file with an object of layers and bits; overrides uql_weight_bits',
     )
     uql_use_buckets: bool = option(
       False, 'one scale for each bucket of weights instead of one for each layer'
