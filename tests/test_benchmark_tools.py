@@ -65,14 +65,14 @@ def test_step_time_by_its_path(tmp_path):
   result = subprocess.run(
     [
       sys.executable, 'tools/benchmark/step_time.py', '--rounds=1', '--batch_size=4',
-      '--shortcut=pad', '--variants=float,binary,tfmot-quantize', f'--json={file}',
+      '--shortcut=pad', '--variants=float,tfmot-quantize', f'--json={file}',
     ],
     cwd=ROOT, env={**os.environ, 'PYTHONPATH': str(ROOT)}, capture_output=True, text=True,
   )  # fmt: skip
   assert result.returncode == 0, result.stderr
   numbers = json.loads(file.read_text())
   rows = {row['variant']: row for row in numbers['rows']}
-  assert list(rows) == ['float', 'binary', 'tfmot-quantize']
+  assert list(rows) == ['float', 'tfmot-quantize']
   assert rows['float']['to_float'] == 1.0
   assert rows['tfmot-quantize']['to_float'] > 0
   assert rows['float']['to_tf_keras'] is None

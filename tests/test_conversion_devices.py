@@ -73,7 +73,8 @@ def quantized(build, device, **kinds):
   return models.quantized(models.randomized(build()), device=device, **kinds)
 
 
-@pytest.mark.parametrize('device', DEVICES)
+# 'litert' and 'all' differ in a Maximum only, which has a test of its own.
+@pytest.mark.parametrize('device', [device for device in DEVICES if device != 'litert'])
 @pytest.mark.parametrize('build', OPERATIONS, ids=lambda build: build.__name__)
 def test_files_for_a_device_compute_what_keras_computes_in_every_runtime(build, device, tmp_path):
   """Within two steps of 255 over the outputs; on its own device, and for all, in integers.
@@ -96,7 +97,7 @@ def test_files_for_a_device_compute_what_keras_computes_in_every_runtime(build, 
         assert float_ops == expected_float, file.format
 
 
-@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('device', ['all', 'openvino'])
 def test_a_trained_range_that_is_shared_is_in_every_file(device, tmp_path):
   model = quantized(concatenation, device, activations=LearnedRange)
   expected = np.asarray(model(X, training=False))

@@ -73,8 +73,7 @@ KINDS = [
 NAMES = [config.get('weight_range') or config['mode'] for config in KINDS]
 
 
-@pytest.mark.parametrize('ratio', [0.5, 0.9])
-@pytest.mark.parametrize('bits', [1, 2, 4, 8])
+@pytest.mark.parametrize(('bits', 'ratio'), [(1, 0.5), (2, 0.9), (4, 0.5), (8, 0.9)])
 @pytest.mark.parametrize('config', KINDS, ids=NAMES)
 def test_every_quantizer_maps_zero_to_zero(config, bits, ratio):
   source = sparse(ratio)

@@ -9,7 +9,7 @@ import tensorflow as tf
 from datasets.dataset import Dataset
 from datasets.digits import Digits
 from datasets.mixup import Mixed, mixed
-from learners import learner as learner_module
+from learners import phases
 from learners.channels import ChannelLearner
 from nets.convnet_at_digits import ModelHelper
 from tests.test_learners import run
@@ -105,7 +105,7 @@ def watched(monkeypatch):
   shares, losses, chosen_from = [], [], []
   task_loss, images = ModelHelper.loss, ChannelLearner.images
 
-  class Watched(learner_module.Mixed):
+  class Watched(phases.Mixed):
     def __init__(self, dataset, share):
       super().__init__(dataset, share)
       shares.append(share)
@@ -118,7 +118,7 @@ def watched(monkeypatch):
     chosen_from.extend(images(self, samples))
     return chosen_from
 
-  monkeypatch.setattr(learner_module, 'Mixed', Watched)
+  monkeypatch.setattr(phases, 'Mixed', Watched)
   monkeypatch.setattr(ModelHelper, 'loss', loss)
   monkeypatch.setattr(ChannelLearner, 'images', selected_by)
   return shares, losses, chosen_from
