@@ -11,7 +11,6 @@ SMALL = ['--nb_epochs_rat=0.03', '--export_formats=none', '--batch_size=32']
 # Under xdist one process has all tests that start workers.
 pytestmark = pytest.mark.xdist_group('horovod')
 LEARNERS = {
-  'full-prec': ['--learner=full-prec'],
   'uniform': [
     '--learner=uniform',
     '--uql_weight_bits=4',

@@ -93,11 +93,8 @@ DISTILLED = [*SPARSE, '--enbl_dst', '--loss_w_dst_features=1', '--dst_features=R
   'learner, phase, step',
   [
     pytest.param(UNIFORM, 'float', 3, id='float-3'),
-    pytest.param(UNIFORM, 'float', 16, id='float-16'),
-    pytest.param(UNIFORM, 'compressed', 1, id='uniform-1'),
     pytest.param(UNIFORM, 'compressed', 15, id='uniform-15'),
     pytest.param(NON_UNIFORM, 'compressed', 15, id='non-uniform-15'),
-    pytest.param(DISTILLED, 'compressed', 1, id='sparse-distilled-1'),
     pytest.param(DISTILLED, 'compressed', 15, id='sparse-distilled-15'),
     pytest.param(UNIFORM_TF, 'compressed', 15, id='uniform-tf-15'),
     # Batch norm is frozen between the last checkpoint and the kill.

@@ -136,16 +136,13 @@ def export(model, folder, **options):
 CASES = [
   ('fitted', 'running', 8),
   ('fitted', 'learned', 4),
-  ('fitted', 'running', 2),
   ('fitted', 'running', 1),
   ('learned', 'learned', 8),
   ('learned', 'learned_symmetric', 3),
   ('learned_log2', 'pact', 4),
-  ('dorefa', 'pact', 4),
   ('dorefa', 'running', 3),
   ('dorefa', 'running', 8),
   ('asymmetric', 'running', 3),
-  ('asymmetric', 'running', 6),
   ('asymmetric', 'learned', 8),
 ]
 
