@@ -33,23 +33,24 @@ class Reconstructed:
     """Returns {path: {'kernel': array}} of all readers at [units] levels."""
     return {path: {'kernel': self._kernel(path, levels)} for path in self._readers}
 
-  def errors(self, place):
-    """Returns [choices] squared changes of the kernels that read unit `place`, the others whole."""
+  def errors(self, name):
+    """Returns [choices] squared changes of the kernels that read unit `name`, the others whole."""
+    place = [unit.name for unit in self._units].index(name)
     whole = np.array([len(self._choices[unit.name]) - 1 for unit in self._units])
-    found = []
-    for level in range(whole[place] + 1):
-      levels = np.where(np.arange(len(whole)) == place, level, whole)
-      found.append(
+    return np.array(
+      [
         sum(
-          float(
-            np.square(
-              self._kernel(path, levels).ravel() - self._problems[path].kernel.ravel()
-            ).sum()
-          )
-          for path in self._units[place].readers
+          float(np.sum(np.square(kernel.ravel() - self._problems[path].kernel.ravel())))
+          for path, kernel in self._reading(place, np.where(np.arange(len(whole)) == place, level, whole))
         )
-      )
-    return np.array(found)
+        for level in range(whole[place] + 1)
+      ]
+    )
+
+  def _reading(self, place, levels):
+    """Yields (path, kernel) of the readers of a unit."""
+    for path in self._units[place].readers:
+      yield path, self._kernel(path, levels)
 
   def _kernel(self, path, levels):
     """Returns the kernel of a reader, refitted if it reads fewer channels than there are."""
