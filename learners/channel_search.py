@@ -27,7 +27,10 @@ class SearchFlags(ChannelConfig, AllocationFlags):
   """Flags of a search for ratios of channels."""
 
   cp_preserve_ratio: float = option(
-    0.5, 'share of multiply-accumulates to keep at most, if ratios are searched for', above=0, upper=1
+    0.5,
+    'share of multiply-accumulates to keep at most, if ratios are searched for',
+    above=0,
+    upper=1,
   )
   cp_reward_policy: str = option(
     'accuracy',
@@ -92,7 +95,9 @@ class ChannelSearch(ChannelLearner, Allotting):
     At least a share of 1.5 log10(p + 1) of a unit is kept, with p that of the MACs, as in
     PocketFlow.
     """
-    share = self.config.cp_preserve_ratio if self.config.target == 'ratio' else self.config.target_share
+    share = (
+      self.config.cp_preserve_ratio if self.config.target == 'ratio' else self.config.target_share
+    )
     highest = 1.0 - 1.5 * math.log10(share + 1.0)
     ratios = np.linspace(0.0, max(highest, 0.0), _RATIOS).tolist()
     free = [name for name, ratio in self.unit_ratios(channels, found).items() if ratio]

@@ -41,7 +41,9 @@ class Reconstructed:
       [
         sum(
           float(np.sum(np.square(kernel.ravel() - self._problems[path].kernel.ravel())))
-          for path, kernel in self._reading(place, np.where(np.arange(len(whole)) == place, level, whole))
+          for path, kernel in self._reading(
+            place, np.where(np.arange(len(whole)) == place, level, whole)
+          )
         )
         for level in range(whole[place] + 1)
       ]
