@@ -4,7 +4,8 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from budgets import RandomSearcher, layers, mean_bits, problems, proposals
+from allocations import problems
+from budgets import RandomSearcher, layers, mean_bits, proposals
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,7 +22,7 @@ def three_layers(budget=4.0):
 def test_actions_are_levels_in_two_pieces():
   walk = Walk(three_layers(), middle=[2, 0, 6])
   assert [walk.level(0, action) for action in (0.0, 0.25, 0.5, 0.625, 0.75, 1.0)] == [
-    0, 1, 2, 2, 4, 6
+    0, 1, 2, 3, 4, 6
   ]  # fmt: skip
   # A middle at an end: half of the actions are that level.
   assert [walk.level(1, action) for action in (0.0, 0.5, 0.75, 1.0)] == [0, 0, 3, 6]
