@@ -5,7 +5,7 @@ import dataclasses
 from learners import quantization
 from learners.learner import Learner
 from pocketsize.options import check_options, option
-from pocketsize.quantization import codebook, quantizers
+from pocketsize.quantization import centre_grid, codebook, quantizers
 from pocketsize.quantization.centres import STARTS
 from pocketsize.quantization.non_uniform import NonUniform, NonUniformConfig
 from pocketsize.quantization.placing import END_BITS, FLOAT_BITS
@@ -28,6 +28,11 @@ class NonUniformLearner(Learner):
     )
     nuql_weight_bits: int = option(
       4, 'bits of the weights; 32 for float', choices=(*codebook.BITS, FLOAT_BITS)
+    )
+    nuql_centre_bits: int = option(
+      8,
+      'bits of the centres; 8 for what integer kernels compute with exactly, 32 for float centres',
+      choices=centre_grid.BITS,
     )
     nuql_activation_bits: int = option(
       32, 'bits of the activations; 32 for float', choices=(*quantizers.BITS, FLOAT_BITS)
@@ -69,6 +74,7 @@ class NonUniformLearner(Learner):
         target_device=self.target_device,
         start=self.nuql_init_style,
         mode=self.nuql_opt_mode,
+        centre_bits=self.nuql_centre_bits,
       )
 
   def epochs(self):
