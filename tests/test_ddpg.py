@@ -310,7 +310,7 @@ def test_noise_leaves_layer_norms_alone():
   noisy = perturbed(actor, 0.5, np.random.default_rng(1))
   noise = []
   for weight, value in zip(actor.weights, noisy, strict=True):
-    difference = value - weight.numpy()
+    difference = value.numpy() - weight.numpy()
     if weight.name in ('gamma', 'beta'):
       assert not difference.any()
     else:

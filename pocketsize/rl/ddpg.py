@@ -158,8 +158,7 @@ class Agent:
       ratio = self._config.noise_std_finl / self._config.noise_std_init
       self.noise_std *= ratio ** (1.0 / self._rollouts)
     if self._config.noise_type == 'param':
-      noisy = perturbed(self._actor, self.noise_std, self._rng)
-      self._explorer = [tf.constant(w) for w in noisy]
+      self._explorer = perturbed(self._actor, self.noise_std, self._rng)
 
   def act(self, state, noisy=True):
     """Returns the action in a state, [actions] float64 within the bounds.
