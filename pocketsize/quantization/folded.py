@@ -155,7 +155,7 @@ class Factors:
       if isinstance(transform, FoldedQuantizer)
     ]
     # Compiled, because it is called before every step.
-    self.update = tf.function(self._update, autograph=False)
+    self.update = tf.function(self._update, autograph=False) if self._pairs else lambda: None
 
   def _update(self):
     """Sets all factors from the batch norms as deployed; `update` is the same, compiled."""
