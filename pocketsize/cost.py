@@ -75,6 +75,27 @@ def macs(graph):
   return sum(node_macs(graph, node) for node in graph.nodes)
 
 
+def weight_macs(graph):
+  """Returns {(layer, attribute of its weight): multiply-accumulates for one sample, all calls}."""
+  found = {}
+  for node in graph.nodes:
+    points = targets.weight_points(node.operation)
+    sizes = {point: math.prod(getattr(node.operation, point).shape) for point in points}
+    for point, size in sizes.items():
+      key = node.operation, point
+      found[key] = found.get(key, 0.0) + node_macs(graph, node) * size / sum(sizes.values())
+  return found
+
+
+def weight_slices(channels):
+  """Returns the slices of a `ChannelGraph` that multiply-accumulates shrink with."""
+  return [
+    part
+    for part in channels.slices
+    if part.role in ('in', 'out') and part.weight in targets.weight_points(part.layer)
+  ]
+
+
 def macs_share(channels):
   """Returns a function from `keep`, of `ChannelGraph.dropped`, to the share of MACs that it leaves.
 
@@ -83,19 +104,7 @@ def macs_share(channels):
   Args:
     channels: a `ChannelGraph`.
   """
-  parts = {}
-  for node in channels.graph.nodes:
-    points = targets.weight_points(node.operation)
-    sizes = {point: math.prod(getattr(node.operation, point).shape) for point in points}
-    for point, size in sizes.items():
-      key = id(node.operation), point
-      macs = node_macs(channels.graph, node) * size / sum(sizes.values())
-      parts[key] = parts.get(key, 0.0) + macs
-  slices = [
-    part
-    for part in channels.slices
-    if part.role in ('in', 'out') and part.weight in targets.weight_points(part.layer)
-  ]
+  parts, slices = weight_macs(channels.graph), weight_slices(channels)
 
   def remaining(keep, selected=None):
     is_dropped = channels.dropped(keep)
@@ -104,7 +113,7 @@ def macs_share(channels):
       kept = ~is_dropped(part.ids)
       for path in channels.graph.paths(part.layer) if selected and part.role == 'in' else ():
         kept &= selected.get(path, True)
-      left[id(part.layer), part.weight] *= float(np.mean(kept))
+      left[part.layer, part.weight] *= float(np.mean(kept))
     return sum(left.values()) / sum(parts.values())
 
   return remaining

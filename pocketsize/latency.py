@@ -4,36 +4,29 @@ The table knows layers with weights only. What lies between them, and how the ru
 together, is seen by running whole files: `pruning.latency_budget` corrects the prediction by that.
 """
 
+import functools
 import importlib.metadata
 import json
 import math
 import pathlib
 import platform
+from typing import NamedTuple
 
 import numpy as np
 
 from pocketsize import report, targets
 from pocketsize.errors import UserError
 from pocketsize.files import write_json
-from pocketsize.layer_timing import LayerTimer
+from pocketsize.layer_timing import COUNTS, Call, LayerTimer
 
 # The float formats, and what runs them.
 RUNTIMES = {'tflite': 'ai-edge-litert', 'onnx': 'onnxruntime', 'openvino': 'openvino'}
-# What a layer's time depends on, beside the sizes of its input and its counts of channels.
-_ARGUMENTS = (
-  'kernel_size',
-  'strides',
-  'padding',
-  'output_padding',
-  'dilation_rate',
-  'groups',
-  'depth_multiplier',
-  'data_format',
-  'equation',
-  'output_shape',
-)
-_COUNTS = ('filters', 'units')
-_PLAIN = {'activation': 'linear', 'use_bias': True, 'dtype': 'float32'}
+# The same of the formats whose layers have weights and activations of 8 bits.
+INTEGER_RUNTIMES = {
+  'tflite_int8': 'ai-edge-litert',
+  'onnx_qdq': 'onnxruntime',
+  'openvino_int8': 'openvino',
+}
 
 
 class LatencyTable:
@@ -43,26 +36,33 @@ class LatencyTable:
   weights only share entries.
 
   Args:
-    format: 'tflite', 'onnx' or 'openvino'.
+    format: one of `RUNTIMES` or `INTEGER_RUNTIMES`.
     path: of the JSON file that keeps the entries; in memory only if None.
     multiple: step of the grid, at least 1; a layer's whole counts belong to the grid too.
     timer: `timer(layer, shape)` gives the ms of a new Keras layer that reads `shape`, without
       batch; `LayerTimer` if None.
+    is_complete: the file at `path` has all layers that will be asked for: none is timed.
 
   Raises:
-    UserError: another format, a `multiple` below 1, or a file of another format, processor or
-      version of the runtime.
+    UserError: another format, a `multiple` below 1, a file of another format, processor or version
+      of the runtime, or a complete file that is missing.
   """
 
-  def __init__(self, format, path=None, multiple=8, timer=None):
-    if format not in RUNTIMES:
-      raise UserError(f'`format` must be one of {", ".join(RUNTIMES)}. Received: {format!r}.')
+  def __init__(self, format, path=None, multiple=8, timer=None, is_complete=False):
+    runtimes = {**RUNTIMES, **INTEGER_RUNTIMES}
+    if format not in runtimes:
+      raise UserError(f'`format` must be one of {", ".join(runtimes)}. Received: {format!r}.')
     if multiple < 1:
       raise UserError(f'`multiple` must be at least 1. Received: {multiple}.')
     self.format, self.multiple = format, multiple
     self._timer = timer or LayerTimer(format)
     self._path = None if path is None else pathlib.Path(path)
-    runtime = RUNTIMES[format]
+    self._is_complete = is_complete
+    if is_complete and not (self._path and self._path.exists()):
+      raise UserError(
+        f'A latency table that is complete must be a file that is there. Received: {path}.'
+      )
+    runtime = runtimes[format]
     self._origin = {
       'format': format,
       'processor': _processor(),
@@ -80,9 +80,10 @@ class LatencyTable:
         layers have no `outputs` of their own.
 
     Raises:
-      UserError: a size in `shape` is unknown, or the layer cannot be exported.
+      UserError: a size in `shape` is unknown, the layer cannot be exported, or it is missing in a
+        complete table.
     """
-    return self._interpolated(_Call(layer, shape), inputs, outputs)
+    return self._interpolated(Call(layer, shape), inputs, outputs)
 
   def _interpolated(self, call, inputs, outputs):
     step = math.lcm(self.multiple, call.groups)
@@ -96,6 +97,11 @@ class LatencyTable:
     entries = self._entries.setdefault(call.signature, {})
     key = f'{inputs}' if outputs is None else f'{inputs}x{outputs}'
     if key not in entries:
+      if self._is_complete:
+        raise UserError(
+          f'Latency table {self._path} is of another net: it has no layer like {call.name!r} '
+          f'({call.signature}, channels {key}). Give another path, or none to time the layers.'
+        )
       entries[key] = self._timer(*call.resized(inputs, outputs))
       if self._path:
         content = {**self._origin, 'versions': report.versions(), 'milliseconds': self._entries}
@@ -118,36 +124,6 @@ class LatencyTable:
           f'another path. Received: {found[key]!r}.'
         )
     return entries
-
-
-class _Call:
-  """What a layer's time depends on: its arguments and the sizes of its input."""
-
-  def __init__(self, layer, shape):
-    config = layer.get_config()
-    if None in shape:
-      raise UserError(
-        f"Layer {layer.name!r} cannot be timed: give the model's inputs fixed sizes. "
-        f'Received: {tuple(shape)}.'
-      )
-    self._layer, self._shape = layer, tuple(shape)
-    self._axis = 0 if config.get('data_format') == 'channels_first' else len(shape) - 1
-    self._count = next((name for name in _COUNTS if name in config), None)
-    self.inputs, self.outputs = shape[self._axis], config.get(self._count)
-    self.groups = config.get('groups', 1)
-    sizes = 'x'.join(map(str, self._shape[: self._axis] + self._shape[self._axis + 1 :]))
-    arguments = [f'{name}={config[name]}' for name in _ARGUMENTS if name in config]
-    self.signature = ' '.join([type(layer).__name__, *arguments, f'positions={sizes or 1}'])
-
-  def resized(self, inputs, outputs):
-    """Returns (new layer, shape of its input) with other counts of channels."""
-    config = {key: value for key, value in self._layer.get_config().items() if key != 'name'}
-    # EinsumDense says which axes its bias has.
-    plain = {key: value for key, value in _PLAIN.items() if key in config}
-    counts = {} if outputs is None else {self._count: outputs}
-    shape = list(self._shape)
-    shape[self._axis] = inputs
-    return type(self._layer).from_config({**config, **plain, **counts}), tuple(shape)
 
 
 def _points(count, whole, step, least):
@@ -195,8 +171,30 @@ def _is_depthwise(part):
   return targets.channel_axes(part.layer, part.weight) == (-2, -1)
 
 
-def _predictor(channels, table):
-  """Returns `predicted` as a function of `keep` alone."""
+class SizedCall(NamedTuple):
+  """One call of a layer with weights, by how many channels it reads and makes.
+
+  Attributes:
+    inputs, outputs: functions from `kept`, which counts the kept ones among ids, to the channels
+      that the layer then reads and makes; None for outputs that follow from the inputs.
+    milliseconds: function from both counts to the time of the call.
+  """
+
+  inputs: object
+  outputs: object
+  milliseconds: object
+
+
+def sized_calls(channels, table):
+  """Returns a `SizedCall` for each call of a layer with weights.
+
+  Args:
+    channels: a `ChannelGraph`.
+    table: a `LatencyTable`.
+
+  Raises:
+    UserError: an unknown size of a layer's input.
+  """
   # A depthwise kernel counts the channels that it reads among those that it makes.
   read = {
     part.layer: part.ids
@@ -204,11 +202,29 @@ def _predictor(channels, table):
     if part.weight in targets.weight_points(part.layer)[:1]
     and (part.role == 'in' or part.axis == -2 and _is_depthwise(part))
   }
-  calls = [
-    (node.operation, _Call(node.operation, channels.graph.shape(node.inputs[0])[1:]))
+  return [
+    _sized(channels, table, node, read.get(node.operation))
     for node in channels.graph.nodes
     if targets.weight_points(node.operation)
   ]
+
+
+def _sized(channels, table, node, read):
+  call = Call(node.operation, channels.graph.shape(node.inputs[0])[1:])
+
+  def inputs(kept):
+    return call.inputs if read is None else kept(read) * call.inputs // len(read)
+
+  def outputs(kept):
+    changed = channels.changes.get(node.operation, lambda kept: {})(kept)
+    return next((changed[name] for name in COUNTS if name in changed), call.outputs)
+
+  return SizedCall(inputs, outputs, functools.partial(table._interpolated, call))
+
+
+def _predictor(channels, table):
+  """Returns `predicted` as a function of `keep` alone."""
+  calls = sized_calls(channels, table)
 
   def predict(keep):
     is_dropped = channels.dropped(keep)
@@ -216,13 +232,6 @@ def _predictor(channels, table):
     def kept(ids):
       return int(np.sum(~is_dropped(ids)))
 
-    total = 0.0
-    for layer, call in calls:
-      ids = read.get(layer)
-      inputs = call.inputs if ids is None else kept(ids) * call.inputs // len(ids)
-      changed = channels.changes.get(layer, lambda kept: {})(kept)
-      outputs = next((changed[name] for name in _COUNTS if name in changed), call.outputs)
-      total += table._interpolated(call, inputs, outputs)
-    return total
+    return sum(call.milliseconds(call.inputs(kept), call.outputs(kept)) for call in calls)
 
   return predict

@@ -7,10 +7,30 @@ import numpy as np
 from keras import layers
 
 from pocketsize import conversion
+from pocketsize.configure import compress
+from pocketsize.conversion.formats import QUANTIZED_FORMATS
+from pocketsize.errors import UserError
 
+# What a layer's time depends on, beside the sizes of its input and its counts of channels.
+_ARGUMENTS = (
+  'kernel_size',
+  'strides',
+  'padding',
+  'output_padding',
+  'dilation_rate',
+  'groups',
+  'depth_multiplier',
+  'data_format',
+  'equation',
+  'output_shape',
+)
+COUNTS = ('filters', 'units')
+_PLAIN = {'activation': 'linear', 'use_bias': True, 'dtype': 'float32'}
 # About how long two models are run, between bounds on the rounds of ten calls.
 _SECONDS = 0.3
 _ROUNDS = 5, 100
+# Among so many some make every layer write what is not zero.
+_SAMPLES = 8
 # What lies below the clock's noise still costs something.
 _LEAST_MS = 1e-6
 _CONVOLUTIONS = (None, layers.Conv1D, layers.Conv2D, layers.Conv3D)
@@ -22,6 +42,51 @@ _POOLS = (
 )
 
 
+class Call:
+  """What a layer's time depends on: its arguments and the sizes of its input.
+
+  Args:
+    layer: a Keras layer of `targets.WEIGHTS_BY_TYPE`.
+    shape: of its input without the batch, all channels there.
+
+  Attributes:
+    name: of the layer.
+    inputs, outputs: its counts of channels; no `outputs` where they follow from the inputs.
+    groups: of a convolution.
+    signature: text that layers have in common which differ in counts and weights only.
+
+  Raises:
+    UserError: a size in `shape` is unknown.
+  """
+
+  def __init__(self, layer, shape):
+    config = layer.get_config()
+    if None in shape:
+      raise UserError(
+        f"Layer {layer.name!r} cannot be timed: give the model's inputs fixed sizes. "
+        f'Received: {tuple(shape)}.'
+      )
+    self.name = layer.name
+    self._layer, self._shape = layer, tuple(shape)
+    self._axis = 0 if config.get('data_format') == 'channels_first' else len(shape) - 1
+    self._count = next((name for name in COUNTS if name in config), None)
+    self.inputs, self.outputs = shape[self._axis], config.get(self._count)
+    self.groups = config.get('groups', 1)
+    sizes = 'x'.join(map(str, self._shape[: self._axis] + self._shape[self._axis + 1 :]))
+    arguments = [f'{name}={config[name]}' for name in _ARGUMENTS if name in config]
+    self.signature = ' '.join([type(layer).__name__, *arguments, f'positions={sizes or 1}'])
+
+  def resized(self, inputs, outputs):
+    """Returns (new layer, shape of its input) with other counts of channels."""
+    config = {key: value for key, value in self._layer.get_config().items() if key != 'name'}
+    # EinsumDense says which axes its bias has.
+    plain = {key: value for key, value in _PLAIN.items() if key in config}
+    counts = {} if outputs is None else {self._count: outputs}
+    shape = list(self._shape)
+    shape[self._axis] = inputs
+    return type(self._layer).from_config({**config, **plain, **counts}), tuple(shape)
+
+
 class LayerTimer:
   """Times layers in one runtime, batch 1, one thread.
 
@@ -30,7 +95,8 @@ class LayerTimer:
   midst of a model.
 
   Args:
-    format: 'tflite', 'onnx' or 'openvino'.
+    format: one of `conversion.FORMATS`. In those of integers weights and activations have 8 bits,
+      and ranges of random data, on which no time depends.
   """
 
   def __init__(self, format):
@@ -60,6 +126,9 @@ class LayerTimer:
     return max(whole - rest, _LEAST_MS)
 
   def _opened(self, model, folder, name):
+    if self._format in QUANTIZED_FORMATS:
+      batch = np.random.default_rng(0).normal(size=(_SAMPLES, *model.inputs[0].shape[1:]))
+      model, _ = compress(model, [{'algorithm': 'uniform'}], calibration=[batch.astype('float32')])
     return conversion.open_file(conversion.export(model, folder, [self._format], name)[0].path)
 
 
