@@ -60,10 +60,13 @@ def batches(count=2, size=6):
 
 
 def shared_net():
-  """A convolution that is called twice, then a frozen separable one and a dense layer."""
+  """A convolution that is called twice, a batch norm that does not fold into it, then a frozen
+  separable convolution and a dense layer.
+  """
   x = inputs = keras.Input((8, 8, 3), name='images')
   conv = layers.Conv2D(3, 3, padding='same', activation='softplus', name='twice')
-  x = layers.SeparableConv2D(3, 3, activation='softplus', name='pair')(conv(conv(x)))
+  x = layers.BatchNormalization(name='alone')(conv(conv(x)))
+  x = layers.SeparableConv2D(3, 3, activation='softplus', name='pair')(x)
   x = layers.GlobalAveragePooling2D()(x)
   model = keras.Model(inputs, layers.Dense(4, name='head')(x))
   model.get_layer('pair').trainable = False
