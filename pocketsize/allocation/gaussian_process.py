@@ -1,4 +1,4 @@
-"""Expected improvement under a Gaussian process, as an Optuna sampler.
+"""Expected improvement under a Gaussian process.
 
 Optuna's own needs PyTorch; this one is scikit-learn's regression (Rasmussen and Williams 2006) and
 the criterion of Jones et al. (1998, 'Efficient Global Optimization').
@@ -7,14 +7,11 @@ the criterion of Jones et al. (1998, 'Efficient Global Optimization').
 import warnings
 
 import numpy as np
-import optuna
 from scipy import optimize, stats
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.gaussian_process import GaussianProcessRegressor
-from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 from threadpoolctl import threadpool_limits
 
-from pocketsize.allocation.studies import distributions, spread
+from pocketsize.allocation.studies import spread
 
 # Candidates of each kind: anywhere, near the best points, and their neighbours in each climb.
 _ANYWHERE, _NEARBY, _SWAPS, _CLIMBS = 128, 128, 96, 3
@@ -39,7 +36,7 @@ def expected_improvement(mean, std, best):
   )
 
 
-class GaussianProcessSampler(optuna.samplers.BaseSampler):
+class GaussianProcess:
   """Proposes the levels within the budget of which the most improvement is expected.
 
   Heights (levels over the highest one) are the inputs, in [0, 1]. The kernel is Matern 5/2 with a
@@ -53,46 +50,36 @@ class GaussianProcessSampler(optuna.samplers.BaseSampler):
   """
 
   def __init__(self, problem, seed):
+    # Imported here, since few programs propose.
+    from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
+
     self._problem = problem
-    self._distributions = distributions(problem)
     self._rng = np.random.default_rng(seed)
     scales = np.ones(len(problem.variables))
     self._kernel = ConstantKernel(1.0, (1e-2, 1e2)) * Matern(scales, (0.05, 20.0), nu=2.5)
     self._kernel += WhiteKernel(1e-2, (1e-5, 1.0))
 
-  def infer_relative_search_space(self, study, trial):
-    """Returns the distributions of all variables."""
-    return self._distributions
+  def propose(self, points, rewards, pending):
+    """Returns the best candidate that has no trial yet, [variables] int.
 
-  def sample_relative(self, study, trial, search_space):
-    """Returns {name: level} of the best candidate that has no trial yet."""
-    states = optuna.trial.TrialState
-    done = study.get_trials(deepcopy=False, states=(states.COMPLETE,))
-    running = study.get_trials(deepcopy=False, states=(states.RUNNING,))
-    # The trial that is asked for runs too, and has those parameters that leave no choice.
-    running = [each for each in running if each.number != trial.number]
-    points = np.array([self._levels(each) for each in done])
-    pending = np.array([self._levels(each) for each in running], int).reshape(-1, points.shape[1])
-    rewards = np.array([each.value for each in done])
+    Args:
+      points: [trials, variables] levels that were scored, at least one.
+      rewards: [trials] floats.
+      pending: [trials, variables] levels on their way.
+    """
     rewards = (rewards - rewards.mean()) / (rewards.std() or 1.0)
     # The matrices are small, and sums then have the same order on any number of cores.
     with threadpool_limits(1):
       model = self._fitted(points, rewards, pending)
-      chosen = self._climb(model, points[np.argsort(-rewards, kind='stable')], pending)
-    return dict(zip(self._distributions, chosen.tolist(), strict=True))
-
-  def sample_independent(self, study, trial, param_name, param_distribution):
-    """Never called: all variables are sampled together."""
-    raise NotImplementedError
-
-  def _levels(self, trial):
-    return [trial.params[name] for name in self._distributions]
+      return self._climb(model, points[np.argsort(-rewards, kind='stable')], pending)
 
   def _heights(self, levels):
     return levels / np.maximum(self._problem.highest, 1)
 
   def _fitted(self, points, rewards, pending):
     """Returns the regression of standardised rewards; its kernel is where the next one begins."""
+    from sklearn.gaussian_process import GaussianProcessRegressor
+
     model = GaussianProcessRegressor(self._kernel, optimizer=_few_iterations)
     with warnings.catch_warnings():
       # A length scale at its bound is a variable that does not matter.

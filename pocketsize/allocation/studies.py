@@ -131,6 +131,39 @@ def gp(problem, seed=0, startup=10):
     seed: of all random numbers.
     startup: random roll-outs before the first model; at least 1.
   """
-  from pocketsize.allocation.gaussian_process import GaussianProcessSampler
+  return Study(problem, _gaussian_process_sampler(problem, seed), startup, seed)
 
-  return Study(problem, GaussianProcessSampler(problem, seed), startup, seed)
+
+def _gaussian_process_sampler(problem, seed):
+  """Returns an Optuna sampler that asks a `GaussianProcess`."""
+  import optuna
+
+  from pocketsize.allocation.gaussian_process import GaussianProcess
+
+  states = optuna.trial.TrialState
+  space = distributions(problem)
+  process = GaussianProcess(problem, seed)
+
+  class Sampler(optuna.samplers.BaseSampler):
+    def infer_relative_search_space(self, study, trial):
+      return space
+
+    def sample_relative(self, study, trial, search_space):
+      def trials(state):
+        # The trial that is asked for runs too, and has those parameters that leave no choice.
+        found = study.get_trials(deepcopy=False, states=(state,))
+        return [each for each in found if each.number != trial.number]
+
+      def points(found):
+        rows = [[each.params[name] for name in space] for each in found]
+        return np.array(rows, int).reshape(-1, len(space))
+
+      done = trials(states.COMPLETE)
+      rewards = np.array([each.value for each in done])
+      levels = process.propose(points(done), rewards, points(trials(states.RUNNING)))
+      return dict(zip(space, levels.tolist(), strict=True))
+
+    def sample_independent(self, study, trial, param_name, param_distribution):
+      raise NotImplementedError
+
+  return Sampler()
