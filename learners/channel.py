@@ -5,8 +5,8 @@ import math
 
 import numpy as np
 
-from learners.channel_targets import ChannelConfig
-from learners.channels import ChannelLearner, read_ratios
+from learners.channel_search import ChannelSearch, SearchFlags
+from learners.channels import read_ratios
 from pocketsize.compressor import Stack
 from pocketsize.errors import UserError
 from pocketsize.instrument import instrument, strip
@@ -14,19 +14,19 @@ from pocketsize.options import check_options, option
 from pocketsize.pruning.lasso import Lasso
 
 
-class ChannelPruned(ChannelLearner):
+class ChannelPruned(ChannelSearch):
   """Input channels of each convolution are chosen by LASSO; see `pocketsize.pruning.lasso`."""
 
   name = 'channel'
   rounding = staticmethod(np.round)
 
   @dataclasses.dataclass(frozen=True, kw_only=True)
-  class Config(ChannelConfig):
+  class Config(SearchFlags):
     """Flags of the learner."""
 
     cp_prune_option: str = option(
       'auto',
-      "each convolution's ratio: searched for, the same, or from a list",
+      "each convolution's ratio: searched for by --allocation (unset: rl), the same, or from a list",
       choices=('auto', 'uniform', 'list'),
     )
     cp_uniform_preserve_ratio: float = option(
@@ -54,11 +54,7 @@ class ChannelPruned(ChannelLearner):
     def __post_init__(self):
       super().__post_init__()
       check_options(self)
-      if self.cp_prune_option == 'auto':
-        raise UserError(
-          '--cp_prune_option=auto searches by reinforcement learning, which is not there yet. '
-          'Use uniform or list. Received: auto, the default.'
-        )
+      self.check_search()
       if self.cp_finetune and self.cp_retrain:
         raise UserError('Give --cp_finetune or --cp_retrain, not both. Received: both.')
 
@@ -77,7 +73,8 @@ class ChannelPruned(ChannelLearner):
       dense = 0.0
       ratios = {path: 1.0 - share for path, share in kept.items()}
     else:
-      dense = 1.0 - self.config.cp_uniform_preserve_ratio
+      # What is searched for may be anything but 0.
+      dense = 1.0 if self.config.searches else 1.0 - self.config.cp_uniform_preserve_ratio
       ratios = dict.fromkeys(convolutions, dense)
     return ratios | dict.fromkeys((convolutions[0], convolutions[-1]), 0.0), dense
 

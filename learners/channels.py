@@ -1,7 +1,6 @@
 """What the channel pruning learners share: the course of a selection, kept step by step."""
 
 import abc
-import json
 import math
 
 import numpy as np
@@ -54,7 +53,7 @@ class ChannelLearner(Learner):
   def check(self):
     channels, found, _ = self.plan(self.source())
     if self.config.target != 'latency':
-      self.counts(channels, found)
+      self.check_target(channels, found)
     super().check()
 
   def prepared(self, model):
@@ -71,30 +70,33 @@ class ChannelLearner(Learner):
       raise UserError(f'Model {model.name!r} has no channels to prune: {reasons or "no groups"}.')
     return channels, found, skipped
 
+  def check_target(self, channels, found):
+    """Raises a UserError if so many channels cannot be dropped; for targets that need no timing."""
+    self.counts(channels, found)
+
   def counts(self, channels, found, scores=None):
     """Returns {unit name: channels to keep}; `scores` as `kept_counts` takes them."""
+    ratios = self.unit_ratios(channels, found)
+    return kept_counts(
+      self.config, channels, found, ratios, self.multiple(), self.rounding, self.folder, scores
+    )
+
+  def unit_ratios(self, channels, found):
+    """Returns {unit name: share to drop} that `ratios` means; 0 for units that stay whole."""
     convolutions = [
       path
       for path, layer in channels.graph.layers.items()
       if type(layer).__name__ in units.CONVOLUTIONS
     ]
     by_path, dense = self.ratios(convolutions)
-    ratios = {unit.name: min(by_path.get(path, dense) for path in unit.readers) for unit in found}
-    return kept_counts(
-      self.config, channels, found, ratios, self.multiple(), self.rounding, self.folder, scores
-    )
+    return {unit.name: min(by_path.get(path, dense) for path in unit.readers) for unit in found}
 
   def _kept_counts(self, model, channels, found):
     """Returns the counts of channels.json, decided now if there is none; the same on all ranks."""
     path = self.folder / 'channels.json'
-    entries = self._recorded('channels.json')
+    entries = self.recorded('channels.json')
     if entries is None:
-      scores = None
-      if self.config.target_scope == 'network':
-        # In one order on all workers, as a set would not be.
-        readers = dict.fromkeys(path for unit in found for path in unit.readers)
-        scores = marginal.worths(channels, found, self._survey(model).problems(readers))
-      counts = self._on_chief(lambda: self.counts(channels, found, scores))
+      counts = self.decided(model, channels, found)
       entries = [
         {
           'name': unit.name,
@@ -110,21 +112,14 @@ class ChannelLearner(Learner):
     self._refuse_others('channels.json', counts, [unit.name for unit in found])
     return counts
 
-  def _recorded(self, name):
-    """Returns what a .json file of the work folder holds, on all ranks; None if there is none."""
-    path = self.folder / name
-
-    def read():
-      try:
-        return json.loads(path.read_text())
-      except FileNotFoundError:
-        return None
-      except ValueError as error:
-        raise UserError(
-          f'{path} is damaged: {error}. Remove the work folder, or give another --work_dir.'
-        ) from error
-
-    return self.runtime.broadcast(self._on_chief(read))
+  def decided(self, model, channels, found):
+    """Returns {unit name: channels to keep} on rank 0."""
+    scores = None
+    if self.config.target_scope == 'network':
+      # In one order on all workers, as a set would not be.
+      readers = dict.fromkeys(path for unit in found for path in unit.readers)
+      scores = marginal.worths(channels, found, self.survey(model).problems(readers))
+    return self._on_chief(lambda: self.counts(channels, found, scores))
 
   def _refuse_others(self, name, received, groups):
     """Raises a UserError if a file of the work folder is not about these groups of channels."""
@@ -134,8 +129,8 @@ class ChannelLearner(Learner):
         f'the work folder, or give another --work_dir. Received: {", ".join(received)}.'
       )
 
-  def _survey(self, model):
-    """Returns a `Layerwise` to rank channels with, whatever the learner chooses them by."""
+  def survey(self, model):
+    """Returns a `Layerwise` that looks at all layers of a model at once, and prunes nothing."""
     samples, points = self.samples()
     return Layerwise(
       model,
@@ -176,7 +171,7 @@ class ChannelLearner(Learner):
     return course.shrunk()
 
   def surviving(self, model):
-    kept = self._recorded('kept.json')
+    kept = self.recorded('kept.json')
     if kept is None:
       return {}
     channels = ChannelGraph(model)

@@ -2,22 +2,24 @@
 
 import dataclasses
 
-from learners import quantization
-from learners.learner import Learner
+from learners import bits, quantization
+from learners.bits import BitAllotting
 from pocketsize.options import check_options, option
-from pocketsize.quantization import codebook, quantizers
+from pocketsize.quantization import centre_grid, codebook, quantizers
 from pocketsize.quantization.centres import STARTS
 from pocketsize.quantization.non_uniform import NonUniform, NonUniformConfig
 from pocketsize.quantization.placing import END_BITS, FLOAT_BITS
 
 
-class NonUniformLearner(Learner):
+class NonUniformLearner(BitAllotting):
   """Weights on 2^bits centres, activations on levels; see `pocketsize.quantization.non_uniform`."""
 
   name = 'non-uniform'
+  prefix = 'nuql'
+  compressor = NonUniform
 
   @dataclasses.dataclass(frozen=True, kw_only=True)
-  class Config(quantization.DeviceFlags):
+  class Config(bits.flags('nuql', codebook.BITS, 2101), quantization.DeviceFlags):
     """Flags of the learner."""
 
     nuql_init_style: str = option('kmeans', 'where the centres begin', choices=STARTS)
@@ -28,6 +30,11 @@ class NonUniformLearner(Learner):
     )
     nuql_weight_bits: int = option(
       4, 'bits of the weights; 32 for float', choices=(*codebook.BITS, FLOAT_BITS)
+    )
+    nuql_centre_bits: int = option(
+      8,
+      'bits of the centres; 8 for what integer kernels compute with exactly, 32 for float centres',
+      choices=centre_grid.BITS,
     )
     nuql_activation_bits: int = option(
       32, 'bits of the activations; 32 for float', choices=(*quantizers.BITS, FLOAT_BITS)
@@ -56,6 +63,7 @@ class NonUniformLearner(Learner):
       check_options(self)
       quantization.check_buckets(self, 'nuql')
       quantization.check_device(self, 'nuql')
+      bits.check(self, 'nuql')
 
     def quantization(self):
       """Returns the `NonUniformConfig` of a layer."""
@@ -69,6 +77,7 @@ class NonUniformLearner(Learner):
         target_device=self.target_device,
         start=self.nuql_init_style,
         mode=self.nuql_opt_mode,
+        centre_bits=self.nuql_centre_bits,
       )
 
   def epochs(self):
@@ -76,4 +85,4 @@ class NonUniformLearner(Learner):
 
   def compressors(self, graph, steps):
     default = self.config.quantization()
-    return [NonUniform(quantization.rules(self.config, 'nuql', default, graph))]
+    return [NonUniform(self.rules(graph, default, self.allotted))]

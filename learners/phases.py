@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import pathlib
 import time
 
@@ -104,9 +105,28 @@ class Phases:
       self._on_chief(lambda: save_model(model, path))
     return self._loaded(path)
 
+  def recorded(self, name):
+    """Returns what a .json file of the work folder holds, on all ranks; None if there is none."""
+    path = self.folder / name
+
+    def read():
+      try:
+        return json.loads(path.read_text())
+      except FileNotFoundError:
+        return None
+      except ValueError as error:
+        raise UserError(
+          f'{path} is damaged: {error}. Remove the work folder, or give another --work_dir.'
+        ) from error
+
+    return self.runtime.broadcast(self._on_chief(read))
+
   def _calibrate(self, model):
-    if self._checkpoints('compressed').latest:
-      return
+    if not self._checkpoints('compressed').latest:
+      self.calibrate(model)
+
+  def calibrate(self, model):
+    """Sets the ranges of an `Instrumented` model from this worker's first training batches."""
     batches = self.training_batches().take(CALIBRATION_BATCHES)
     calibration.calibrate(model, (x for x, _ in batches))
 

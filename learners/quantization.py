@@ -65,7 +65,7 @@ def granularity(config, prefix):
   return GRANULARITY_BY_TYPE[getattr(config, f'{prefix}_bucket_type')]
 
 
-def rules(config, prefix, default, graph):
+def rules(config, prefix, default, graph, bits=None):
   """Returns the rules for the layers of a `Graph`: `default`, with the bits of a list if given.
 
   Args:
@@ -73,20 +73,21 @@ def rules(config, prefix, default, graph):
     prefix: of the flags' names.
     default: the `QuantizationConfig` of a layer.
     graph: of the model.
+    bits: {path: bits} in place of the list, or None.
 
   Raises:
     UserError: the list is not one of integers or of layers with integers, has not one for each
       layer with weights, or is in a file that is not there or holds something else.
   """
   flag = f'{prefix}_weight_bits_list'
-  text, everywhere = getattr(config, flag), targets.Rule(default)
-  if text is None:
-    return [everywhere]
-  return [everywhere] + [
+  text = getattr(config, flag)
+  if bits is None and text is not None:
+    bits = _bits_by_path(flag, text, list(targets.weighted_layers(graph)))
+  return [targets.Rule(default)] + [
     targets.Rule(
-      dataclasses.replace(default, weight_bits=bits, end_weight_bits=0), op_names=(path,)
+      dataclasses.replace(default, weight_bits=number, end_weight_bits=0), op_names=(path,)
     )
-    for path, bits in _bits_by_path(flag, text, list(targets.weighted_layers(graph))).items()
+    for path, number in (bits or {}).items()
   ]
 
 

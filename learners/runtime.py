@@ -62,6 +62,14 @@ class Runtime:
     self.allreduce_sum(np.zeros(1, 'int32'))
 
 
+class SilentRuntime(Runtime):
+  """A process for itself, one of several or not, that writes no file and shows nothing."""
+
+  @property
+  def is_chief(self):
+    return False
+
+
 class HorovodRuntime(Runtime):
   """One of several processes that `horovodrun` started.
 

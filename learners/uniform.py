@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from learners import quantization
-from learners.learner import Learner
+from learners import bits, quantization
+from learners.bits import BitAllotting
 from pocketsize.errors import UserError
 from pocketsize.options import check_options, option
 from pocketsize.quantization.placing import END_BITS, FLOAT_BITS
@@ -17,13 +17,15 @@ from pocketsize.quantization.uniform import (
 )
 
 
-class UniformLearner(Learner):
+class UniformLearner(BitAllotting):
   """Weights and activations on 2^bits levels; see `pocketsize.quantization.uniform`."""
 
   name = 'uniform'
+  prefix = 'uql'
+  compressor = Uniform
 
   @dataclasses.dataclass(frozen=True, kw_only=True)
-  class Config(quantization.DeviceFlags):
+  class Config(bits.flags('uql', BITS, 2000), quantization.DeviceFlags):
     """Flags of the learner."""
 
     uql_weight_bits: int = option(
@@ -78,6 +80,7 @@ class UniformLearner(Learner):
       check_options(self)
       quantization.check_buckets(self, 'uql')
       quantization.check_device(self, 'uql')
+      bits.check(self, 'uql')
 
       float_weights = self.uql_weight_bits == FLOAT_BITS and self.uql_weight_bits_list is None
       for name, has_effect, without in (
@@ -130,4 +133,4 @@ class UniformLearner(Learner):
     default = dataclasses.replace(
       self.config.quantization(), pact_decay=self.helper.config.loss_w_dcy
     )
-    return [Uniform(quantization.rules(self.config, 'uql', default, graph))]
+    return [Uniform(self.rules(graph, default, self.allotted))]

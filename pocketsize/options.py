@@ -78,6 +78,20 @@ def check_options(config):
       )
 
 
+def refuse_idle(config, names, without):
+  """Raises a UserError for an option that is set and would have no effect.
+
+  Args:
+    config: dataclass whose fields `option` made.
+    names: of the options that have none.
+    without: what they would need, in words.
+  """
+  for name in names:
+    value = getattr(config, name)
+    if value != type(config).__dataclass_fields__[name].default:
+      raise UserError(f'--{name} has no effect without {without}. Received: --{name}={value}.')
+
+
 def _kind(config_class, name):
   """The type of an option without its `None`, and whether it may be None."""
   hint = typing.get_type_hints(config_class)[name]

@@ -273,14 +273,15 @@ def test_zeros_that_come_later_take_the_centre_nearest_to_them_and_it_has_no_gra
   st.integers(1, 8),
   st.sampled_from(sorted(centres.STARTS)),
   st.booleans(),
+  st.sampled_from([8, 32]),
   st.integers(0, 99),
 )
 def test_codes_stand_for_the_deployed_kernel_to_the_last_bit(
-  granularity, bits, start, sparse, seed
+  granularity, bits, start, sparse, centre_bits, seed
 ):
   kernel = normal(3, 3, 2, 6, seed=seed)
   kernel *= magnitude_mask(kernel, 0.5 if sparse else 0.0)
-  quantizer = fitted(kernel, bits, granularity, (-1,), 25, start)
+  quantizer = fitted(kernel, bits, granularity, (-1,), 25, start, centre_bits=centre_bits)
   quantizer.centres.assign_add(normal(*quantizer.centres.shape, seed=seed + 1) * 0.1)
   deployed = quantizer(kernel).numpy()
   codes = quantizer.codes(deployed)
@@ -291,6 +292,65 @@ def test_codes_stand_for_the_deployed_kernel_to_the_last_bit(
   rows = codes.groups.split(codes.codes)
   read = codes.groups.join(np.take_along_axis(codes.centres, rows, axis=1))
   np.testing.assert_array_equal(read, deployed)
+  grid = quantizer.grid(deployed)
+  assert (grid is None) == (centre_bits == 32 or granularity == 'bucket')
+  if grid:
+    integers = grid.codes(deployed)
+    assert grid.bits == 8 and np.abs(integers).max() <= 127
+    np.testing.assert_array_equal(integers.astype(np.float32) * grid.scale, deployed)
+
+
+def test_centres_on_a_grid_by_hand():
+  """120 is the largest multiple of 8, so that all are whole; 0.1875 is half way from 15 to 30."""
+  kernel = np.float32([1.0, 0.25, 0.125, -0.75, 0.187, 0.188])
+  quantizer = fitted(kernel, 2, centre_bits=8)
+  quantizer.centres.assign([[1.0, 0.25, -0.75, 0.125]])
+  deployed = quantizer(kernel).numpy()
+  grid = quantizer.grid(deployed)
+  assert grid.codes(deployed).tolist() == [120, 30, 15, -90, 15, 30]
+  assert grid.scale.shape == (1,) and grid.scale[0] == np.float32(1 / 120)
+
+
+def test_the_gradient_of_a_centre_on_a_grid_is_the_mean_too():
+  kernel = np.float32([[0.9, -3], [1.2, 2], [-0.6, 2.2], [-0.4, 1.8]])
+  quantizer = fitted(kernel, 1, 'channel', centre_bits=8)
+  quantizer.centres.assign([[1.04, -0.5713], [-3.01, 2.02]])
+  variable = tf.Variable(kernel)
+  with tf.GradientTape() as tape:
+    deployed = quantizer(tf.convert_to_tensor(variable))
+    loss = tf.reduce_sum(deployed * [[1.0, 9], [3.0, 2], [5.0, 3], [11.0, 7]])
+  assert not np.isin(deployed, np.float32([-0.5713, 2.02])).any()
+  to_kernel, to_centres = tape.gradient(loss, [variable, quantizer.centres.value])
+  assert to_kernel.numpy().tolist() == [[1, 9], [3, 2], [5, 3], [11, 7]]
+  assert to_centres.numpy().tolist() == [[2, 8], [9, 4]]
+
+
+def test_a_centre_that_rounds_to_zero_changes_no_scale():
+  """No weight is 0 before it is deployed, and its grid is that of the weights as deployed."""
+  kernel = np.float32([1.0, 0.31, 0.003, -0.47])
+  quantizer = fitted(kernel, 2, centre_bits=8)
+  deployed = quantizer(kernel).numpy()
+  assert deployed[2] == 0.0 and (deployed[[0, 1, 3]] != 0.0).all()
+  np.testing.assert_array_equal(quantizer(deployed), deployed)
+  np.testing.assert_array_equal(
+    quantizer.grid(kernel).codes(deployed).astype(np.float32) * quantizer.grid(deployed).scale,
+    deployed,
+  )
+
+
+def test_a_row_of_zeros_on_a_grid():
+  kernel = normal(3, 4)
+  kernel[:, 1] = 0.0
+  quantizer = fitted(kernel, 2, 'channel', centre_bits=8)
+  deployed = quantizer(kernel).numpy()
+  assert (deployed[:, 1] == 0.0).all() and (deployed[:, [0, 2, 3]] != 0.0).all()
+  assert quantizer.grid(deployed).scale[0, 1] == 0.0
+
+
+def test_centres_of_buckets_are_float():
+  kernel = normal(4, 5)
+  tables = [fitted(kernel, 2, 'bucket', (), 6, centre_bits=bits)(kernel) for bits in (8, 32)]
+  np.testing.assert_array_equal(*tables)
 
 
 def test_codes_of_centres_that_are_neighbouring_numbers():
@@ -333,6 +393,7 @@ def test_a_config_makes_an_equal_codebook():
     'start': 'uniform',
     'trains': False,
     'keep_zeros': False,
+    'centre_bits': 8,
   }
   made = Codebook(**arguments)
   copy = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(made))

@@ -1,5 +1,6 @@
 """Exported files, run in their runtimes, against Keras."""
 
+import functools
 import os
 import pathlib
 import subprocess
@@ -18,6 +19,7 @@ from pocketsize.conversion.kernels import layout
 from pocketsize.conversion.tflite_graph import TfliteGraph
 from pocketsize.graph import Graph
 from pocketsize.instrument import instrument, strip
+from pocketsize.quantization.codebook import Codebook
 from pocketsize.quantization.dorefa import Dorefa
 from pocketsize.quantization.learned import LearnedRange, LearnedScale
 from pocketsize.transform import Placement, Transform
@@ -95,6 +97,7 @@ FLOAT_OPS = {('transposed', 'onnx_qdq'): 1, ('depthwise', 'openvino_int8'): 1}
   [
     *((name, {}) for name in models.BUILDERS if name != 'own_activations'),
     ('plain', {'weights': LearnedScale, 'activations': LearnedRange}),
+    ('depthwise', {'bits': 2, 'weights': functools.partial(Codebook, centre_bits=8)}),
   ],
 )
 def test_int8_files_compute_what_keras_computes(name, kinds, tmp_path):

@@ -365,6 +365,7 @@ def test_evaluation_reproduces_the_report_and_writes_nothing(tmp_path, capfd):
     ),
     (['--learner=binary', '--target_device=litert'], '--target_device belongs to --learner='),
     (['--learner=non-uniform', '--nuql_weight_bits=9'], '--nuql_weight_bits must be one of 1, 2,'),
+    (['--learner=non-uniform', '--nuql_centre_bits=4'], '--nuql_centre_bits must be one of 8, 32'),
     (['--learner=non-uniform', '--nuql_bucket_size=64'], '--nuql_bucket_size has no effect'),
     (['--learner=non-uniform', '--nuql_bucket_type=channel'], '--nuql_bucket_type has no effect'),
     (

@@ -67,11 +67,14 @@ def test_the_report_counts_the_bits_of_codebooks():
 
 def test_the_configuration_reaches_the_codebooks():
   config = NonUniformConfig(
-    3, 8, 'bucket', 9, start='uniform', mode='both', keep_zeros=False, end_bits=0
+    3, 8, 'bucket', 9, start='uniform', mode='both', keep_zeros=False, end_bits=0, centre_bits=32
   )
   quantizer = NonUniform([Rule(config)]).plan(Graph(conv_net()))[0].transform
   assert (quantizer.bits, quantizer.granularity, quantizer.bucket_size) == (3, 'bucket', 9)
   assert (quantizer.start, quantizer.trains, quantizer.keep_zeros) == ('uniform', True, False)
+  assert quantizer.centre_bits == 32
+  quantizer = NonUniform([Rule(NonUniformConfig())]).plan(Graph(conv_net()))[0].transform
+  assert quantizer.centre_bits == 8
 
 
 def test_cluster_is_another_word_for_clusters():
@@ -172,15 +175,23 @@ def test_pruned_weights_stay_zero_through_training():
   assert (model.baked('conv1')[mask == 0.0] == 0.0).all()
 
 
-@pytest.mark.parametrize('granularity', ['tensor', 'channel', 'bucket'])
-def test_files_hold_the_deployed_kernel_and_int8_files_say_that_centres_are_rounded(
-  granularity, tmp_path
+@pytest.mark.parametrize(
+  ('granularity', 'centre_bits'), [('tensor', 8), ('channel', 8), ('channel', 32), ('bucket', 8)]
+)
+def test_files_hold_the_deployed_kernel_and_int8_files_say_which_centres_are_rounded(
+  granularity, centre_bits, tmp_path
 ):
-  model, _ = compressed(granularity=granularity, bucket_size=20, end_bits=0, weight_bits=4)
+  model, _ = compressed(
+    granularity=granularity, bucket_size=20, end_bits=0, weight_bits=4, centre_bits=centre_bits
+  )
   files = conversion.export(model, tmp_path, ['tflite', 'tflite_int8'])
   assert files[0].note == ''
-  assert files[1].note.startswith(
-    '4-bit weights of trained centres, which no format has, as int8 by output channel (conv0 and 2'
+  held = centre_bits == 8 and granularity != 'bucket'
+  assert files[1].note == (
+    '4-bit weights as int8 codes of the same scale'
+    if held
+    else '4-bit weights of float centres, which no format has, as int8 by output channel (conv0 '
+    'and 2 more)'
   )
   x = images()
   deployed = model.run(x, activate=lambda transform, value: value).numpy()
@@ -188,8 +199,11 @@ def test_files_hold_the_deployed_kernel_and_int8_files_say_that_centres_are_roun
   np.testing.assert_allclose(got, deployed, rtol=1e-4, atol=1e-4)
   (got,) = conversion.open_file(files[1].path)(x)
   expected = model(x).numpy()
-  # Half a step of 127 of each kernel, and of 255 of each activation: less than 5 % of the range.
-  assert np.abs(got - expected).max() < 0.05 * np.ptp(expected)
+  # Codes of training: a step of the 8-bit output. Else half a step of 127 of each kernel, and of
+  # 255 of each activation: less than 5 % of the range.
+  low, high = model.transforms_at('head', 'output')[0].range()
+  farthest = 1.01 * (high - low) / 255 if held else 0.05 * np.ptp(expected)
+  assert np.abs(got - expected).max() < farthest
 
 
 @pytest.mark.parametrize(
@@ -204,6 +218,7 @@ def test_files_hold_the_deployed_kernel_and_int8_files_say_that_centres_are_roun
     {'start': 'random'},
     {'mode': 'centres'},
     {'refit_every': 0},
+    {'centre_bits': 16},
     {'momentum': 1.0},
   ],
 )

@@ -12,6 +12,7 @@ import zlib
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -357,6 +358,22 @@ def test_a_model_with_codebooks(tmp_path):
   found = packed.load(tmp_path / 'net.packed').weights['conv1/kernel']
   assert found.bits == 2 and found.centres.shape == (4, 4) and found.scale is None
   np.testing.assert_array_equal(found.values(), model.baked('conv1'))
+
+
+@pytest.mark.parametrize('granularity', ['tensor', 'channel'])
+def test_centres_on_a_grid_are_read_back_as_training_saw_them(granularity, tmp_path):
+  model, _ = pocketsize.compress(
+    conv_net(),
+    [{'algorithm': 'non-uniform', 'weight_bits': 2, 'end_bits': 0, 'granularity': granularity}],
+    calibration=[images(8)],
+  )
+  packed.write(model, tmp_path / 'net.packed')
+  for path, layer in model.graph.layers.items():
+    if hasattr(layer, 'kernel'):
+      weight = packed.load(tmp_path / 'net.packed').weights[f'{path}/kernel']
+      trained = tf.function(model.transforms_at(path, 'kernel')[0])(layer.kernel.value)
+      assert weight.bits == 2 and weight.granularity == granularity
+      np.testing.assert_array_equal(weight.values(), trained)
 
 
 def test_the_report_of_a_file_adds_up(tmp_path):

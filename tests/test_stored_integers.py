@@ -74,10 +74,18 @@ def factors(model, path):
 def trained_integers(model, path):
   """Returns (codes, scale) of a kernel, batch norm folded in; scale broadcasts against codes.
 
-  Levels that are halves of a step from zero are odd multiples of half of it.
+  Levels that are halves of a step from zero are odd multiples of half of it, centres multiples of
+  the scale of their row.
   """
   (quantizer,) = model.transforms_at(path, 'kernel')
   found = quantizer.codes(model.baked(path, 'kernel'))
+  if found.centres is not None:
+    scale = quantizer.grid(model.baked(path, 'kernel')).scale
+    integers = np.round(found.centres / np.reshape(scale, (-1, 1)))
+    assert np.array_equal(integers.astype(np.float32) * np.reshape(scale, (-1, 1)), found.centres)
+    codes = np.take_along_axis(integers, found.groups.split(found.codes), axis=1)
+    codes = found.groups.join(codes) * np.sign(factors(model, path))
+    return codes.astype(np.int8), scale * np.abs(factors(model, path))
   by_row = [np.reshape(row, found.groups.broadcast) for row in (found.zero_point, found.scale)]
   halves = 2 if np.any(found.zero_point % 1.0) else 1
   codes = np.asarray((found.codes - by_row[0]) * halves)
@@ -167,14 +175,29 @@ def test_codes_scales_and_zero_points_are_those_of_training(weights, activations
       assert f'{bits}-bit weights as {stores} codes of the same scale' in file.note
 
 
-@pytest.mark.parametrize('mode', ['weights', 'clusters', 'both'])
-def test_trained_centres_are_rounded_to_int8_and_the_note_says_so(mode, tmp_path):
-  model = quantized(algorithm='non-uniform', weight_bits=3, mode=mode)
-  for format_, (file, stored) in export(model, tmp_path).items():
+@pytest.mark.parametrize(
+  ('mode', 'bits'), [('weights', 3), ('clusters', 2), ('both', 3), ('both', 8)]
+)
+def test_codes_of_trained_centres_are_those_of_training(mode, bits, tmp_path):
+  model = quantized(algorithm='non-uniform', weight_bits=bits, mode=mode)
+  for format_, (file, stored) in export(model, tmp_path, tflite_int4=True).items():
+    for path in ('channel', 'tensor', 'dense'):
+      codes, scale = trained_integers(model, path)
+      assert all(len(np.unique(row)) <= 2**bits for row in np.moveaxis(codes, -1, 0))
+      assert assert_in(stored, codes, scale, path) == 8
+    assert_nearest_in(stored, model.baked('bucket', 'kernel'), factors(model, 'bucket'), 'bucket')
+    assert f'{bits}-bit weights of float centres, which no format has, as int8' in file.note
+    assert (f'{bits}-bit weights as int8 codes of the same scale' in file.note) == (bits < 8)
+    assert_activations_are_those_of(model, stored, format_)
+
+
+def test_float_centres_are_rounded_to_int8_and_the_note_says_so(tmp_path):
+  model = quantized(algorithm='non-uniform', weight_bits=3, mode='both', centre_bits=32)
+  for file, stored in export(model, tmp_path).values():
     for path in ('channel', 'tensor', 'bucket', 'dense'):
       assert_nearest_in(stored, model.baked(path, 'kernel'), factors(model, path), path)
-    assert '3-bit weights of trained centres, which no format has, as int8' in file.note
-    assert_activations_are_those_of(model, stored, format_)
+    assert '3-bit weights of float centres, which no format has, as int8' in file.note
+    assert 'of the same scale' not in file.note
 
 
 def test_binary_weights_are_plus_and_minus_one(tmp_path):

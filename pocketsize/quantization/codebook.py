@@ -4,9 +4,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from pocketsize.quantization import centre_grid
 from pocketsize.quantization import centres as centres_
 from pocketsize.quantization.kernel_quantizer import KernelQuantizer
-from pocketsize.transform import Codes
+from pocketsize.transform import Codes, Grid
 
 BITS = range(1, 9)
 
@@ -66,9 +67,12 @@ class Codebook(KernelQuantizer):
     trains: whether the centres are trained by gradient.
     keep_zeros: in a row that has weights of exactly 0, such as pruned ones, the centre nearest to 0
       is exactly 0 and stays there.
+    centre_bits: 8 for centres that the kernel is mapped to as the nearest of an int8 grid of their
+      row (see `centre_grid`), so that files hold them exactly, or 32 for float centres. Buckets
+      have float centres: no format has their grid.
   """
 
-  without_grid = 'of trained centres, which no format has'
+  without_grid = 'of float centres, which no format has'
 
   def __init__(
     self,
@@ -79,12 +83,14 @@ class Codebook(KernelQuantizer):
     start='kmeans',
     trains=True,
     keep_zeros=True,
+    centre_bits=32,
     **kwargs,
   ):
     super().__init__(bits, granularity, channel_axes, bucket_size, **kwargs)
     self.start = start
     self.trains = trains
     self.keep_zeros = keep_zeros
+    self.centre_bits = centre_bits
 
   def build_rows(self):
     levels = max(min(2**self.bits, self.groups.members, self.groups.size), 2)
@@ -118,18 +124,30 @@ class Codebook(KernelQuantizer):
       kernel: tensor.
     """
     centres = tf.convert_to_tensor(self.centres)
+    # The grid does not depend on the kernel: it is the same for the weights and as deployed.
+    deployed = centre_grid.on_grid(centres) if self._has_grid else centres
     if not self.keep_zeros:
-      return centres
+      return deployed
     zeros = self.groups.split(tf.cast(tf.equal(kernel, 0.0), centres.dtype))
     sparse = tf.reduce_any(zeros > 0.0, axis=1, keepdims=True)
     least = tf.one_hot(tf.argmin(tf.abs(centres), axis=1), centres.shape[1], True, False)
-    return tf.where(sparse & least, 0.0, centres)
+    return tf.where(sparse & least, 0.0, deployed)
 
   def call(self, kernel, training=None):
     kernel = tf.convert_to_tensor(kernel)
     present = self.groups.split(tf.ones_like(kernel))
     rows = nearest(self.groups.split(kernel), present, self.deployed_centres(kernel))
     return self.groups.join(rows)
+
+  @property
+  def _has_grid(self):
+    return self.centre_bits == 8 and self.groups.broadcast is not None
+
+  def grid(self, kernel):
+    if not self._has_grid:
+      return None
+    _, scales = centre_grid.codes_and_scales(tf.convert_to_tensor(self.centres))
+    return Grid(scales.numpy().reshape(self.groups.broadcast), self.centre_bits)
 
   def codes(self, kernel):
     kernel = np.asarray(kernel, np.float32)
@@ -146,4 +164,5 @@ class Codebook(KernelQuantizer):
       'start': self.start,
       'trains': self.trains,
       'keep_zeros': self.keep_zeros,
+      'centre_bits': self.centre_bits,
     }

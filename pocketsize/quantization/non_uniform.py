@@ -1,8 +1,9 @@
 """Quantization-aware training with trained centres (Han et al. 2016, Deep Compression,
 arXiv:1510.00149, section 3; PocketFlow's `non-uniform`).
 
-Each weight is replaced by the nearest of the centres of its row (`codebook`); activations are those
-of `uniform`. What trains is the mode:
+Each weight is replaced by the nearest of the centres of its row (`codebook`), which by default are
+integers times a scale of their row (`centre_grid`), as integer kernels hold them; activations are
+those of `uniform`. What trains is the mode:
 
 - `weights`: all weights of the model, through the codebooks. The centres follow: at the first step
   and every `refit_every` steps they move to the means of the weights assigned to them, by k-means
@@ -18,6 +19,7 @@ from typing import ClassVar
 
 from pocketsize.compressor import register
 from pocketsize.errors import UserError
+from pocketsize.quantization import centre_grid
 from pocketsize.quantization.centres import STARTS
 from pocketsize.quantization.codebook import BITS, Codebook
 from pocketsize.quantization.placing import Quantization, QuantizationConfig
@@ -37,6 +39,8 @@ class NonUniformConfig(QuantizationConfig):
     refit_every: steps between two moves of the centres to the means of their weights, in mode
       'weights'.
     keep_zeros: as of `QuantizationConfig`; rows that have such weights have a centre of exactly 0.
+    centre_bits: of the centres of a tensor or a channel, 8 for what integer kernels compute with
+      exactly, or 32 for float; those of buckets are float.
   """
 
   WEIGHT_BITS: ClassVar[range] = BITS
@@ -46,6 +50,7 @@ class NonUniformConfig(QuantizationConfig):
   start: str = 'kmeans'
   mode: str = 'weights'
   refit_every: int = 50
+  centre_bits: int = 8
 
   def __post_init__(self):
     super().__post_init__()
@@ -58,6 +63,8 @@ class NonUniformConfig(QuantizationConfig):
         )
     if self.refit_every < 1:
       raise UserError(f'`refit_every` must be at least 1. Received: {self.refit_every}.')
+    if self.centre_bits not in centre_grid.BITS:
+      raise UserError(f'`centre_bits` must be 8, or 32 for float. Received: {self.centre_bits}.')
 
 
 @register('non-uniform')
@@ -76,6 +83,7 @@ class NonUniform(Quantization):
       config.start,
       trains=config.mode != 'weights',
       keep_zeros=config.keep_zeros,
+      centre_bits=config.centre_bits,
     )
 
   def plan(self, graph):

@@ -1,0 +1,295 @@
+"""The search for what each layer gets, as the first phase of a run: its flags, and what it leaves.
+
+What may be chosen is the learner's: a `Problem`, and the kernels that go with each choice. A search
+changes no model. What it leaves are the values in allocation.json, with which the run goes on from
+the float model as with a list of the user's.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from learners.learner import Learner
+from learners.progress import ProgressReport
+from pocketsize.allocation import allocators, costs
+from pocketsize.allocation.plot import plot
+from pocketsize.allocation.scoring import Scorer
+from pocketsize.allocation.traces import traces
+from pocketsize.errors import UserError
+from pocketsize.files import write_json
+from pocketsize.graph import Graph
+from pocketsize.options import option, refuse_idle
+from pocketsize.rl.ddpg import DdpgConfig
+
+PREFIX = 'ddpg_'
+RESULT = 'allocation.json'
+# Images of a scoring step.
+SCORE_BATCH = 250
+TRACE_BATCH = 32
+# Roll-outs between two lines where there is no bar.
+SHOWN_EVERY = 10
+
+AgentFlags = dataclasses.make_dataclass(
+  'AgentFlags',
+  [
+    (
+      f'{PREFIX}{field.name}',
+      field.type,
+      dataclasses.field(default=field.default, metadata=field.metadata),
+    )
+    for field in dataclasses.fields(DdpgConfig)
+  ],
+  frozen=True,
+  kw_only=True,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AllocationFlags(AgentFlags):
+  """Flags of every learner that can search for what each layer gets."""
+
+  allocation: str | None = option(
+    None,
+    'what decides what each layer gets: an agent that learns from roll-outs (rl), second '
+    'derivatives of the loss (hawq), measured losses of single layers (sensitivity), Parzen '
+    'estimators (tpe), a Gaussian process (gp); or the same for all (uniform), less for larger '
+    'layers (heuristic)',
+    choices=tuple(allocators.ALLOCATORS),
+  )
+  nb_smpls_score: int = option(
+    1000, 'held-out training images by which a choice is scored', lower=1
+  )
+  nb_smpls_trace: int = option(
+    256, 'hawq: held-out training images for second derivatives of the loss', lower=1
+  )
+  hawq_iterations: int = option(
+    200, 'hawq: random vectors for second derivatives, at most', lower=2
+  )
+  hawq_tolerance: float = option(
+    0.01, 'hawq: relative change of their means at which no more vectors are drawn', above=0
+  )
+
+  def agent(self):
+    """Returns the `DdpgConfig`."""
+    names = [field.name for field in dataclasses.fields(DdpgConfig)]
+    try:
+      return DdpgConfig(**{name: getattr(self, PREFIX + name) for name in names})
+    except UserError as error:
+      raise UserError(str(error).replace('--', f'--{PREFIX}')) from error
+
+
+# All of them, and those that only the allocators that have them read.
+SEARCHED = tuple(field.name for field in dataclasses.fields(AllocationFlags))
+_AGENT = tuple(field.name for field in dataclasses.fields(AgentFlags))
+_TRACES = ('nb_smpls_trace', 'hawq_iterations', 'hawq_tolerance')
+BY_ROLL_OUTS = ('rl', 'tpe', 'gp')
+
+
+def check_allocation(config, roll_outs):
+  """Raises a UserError for flags that the allocator has no use for.
+
+  Args:
+    config: `AllocationFlags` of a search; unset --allocation is the agent.
+    roll_outs: names of the learner's flags about roll-outs.
+  """
+  name = config.allocation or 'rl'
+  if name not in BY_ROLL_OUTS:
+    refuse_idle(config, roll_outs, f'--allocation={" or ".join(BY_ROLL_OUTS)}')
+  if name != 'rl':
+    refuse_idle(config, _AGENT, '--allocation=rl')
+  if name != 'hawq':
+    refuse_idle(config, _TRACES, '--allocation=hawq')
+  config.agent()
+
+
+class Task(NamedTuple):
+  """What a learner wants to be decided.
+
+  Attributes:
+    problem: `Problem`.
+    candidates, rollouts, rollouts_min, random_order: see `allocators.Ground`.
+    layers: [variables] tuples of the paths of each one's layers.
+    value: what the values are, with their unit.
+    reward: (figure that nets are judged by, cost) -> number.
+    tuning: `Tuning` of a model in a roll-out, or None.
+  """
+
+  problem: object
+  candidates: object
+  rollouts: int
+  rollouts_min: int
+  random_order: bool
+  layers: list
+  value: str
+  reward: Callable = lambda figure, cost: figure
+  tuning: object = None
+
+
+class Allotting(Learner):
+  """A learner that can search.
+
+  Attributes:
+    allotted: {variable name: value} once that is decided, else None.
+  """
+
+  allotted = None
+
+  def allot(self, model, task):
+    """Sets `allotted`: to what an earlier start of the run found, or what is found now.
+
+    Args:
+      model: the float Keras model; it is not changed.
+      task: gives the `Task`; called if something is to be found.
+    """
+    found = self.recorded(RESULT)
+    if found is None:
+      with self._timed('allocation'):
+        found = self._found(model, task())
+      self._on_chief(lambda: write_json(self.folder / RESULT, found))
+    self.allotted = found['values']
+
+  def _found(self, model, task):
+    """Returns what allocation.json says."""
+    problem, name = task.problem, self.allocator
+    batches = self.held_out(self.config.nb_smpls_score, SCORE_BATCH)
+    scorer = Scorer(model, batches, self.helper.evaluator())
+
+    def score(levels):
+      if task.tuning:
+        return task.tuning.score(self, model, problem.values(levels), batches)
+      return scorer.score(task.candidates.kernels(levels))
+
+    # The first figure of an evaluator is the one that a net is judged by.
+    judged = next(iter(scorer.score({})))
+    graph = Graph(model)
+    with _Shown(name, task.rollouts, quiet=not self.runtime.is_chief) as shown:
+      ground = allocators.Ground(
+        problem=problem,
+        sizes=[int(costs.weights(graph, layers).sum()) for layers in task.layers],
+        candidates=task.candidates,
+        scorer=scorer,
+        traces=lambda: self._traces(model, task),
+        score=score,
+        reward=lambda figures, cost: task.reward(figures[judged], cost),
+        rollouts=task.rollouts,
+        rollouts_min=task.rollouts_min,
+        random_order=task.random_order,
+        agent=self.config.agent(),
+        seed=self.run.seed,
+        folder=self.folder,
+        about={'allocation': name, 'seed': self.run.seed},
+        workers=self._workers,
+        broadcast=self.runtime.broadcast,
+        track=shown.track,
+        follow=shown.follow,
+      )
+      outcome = allocators.allocate(name, ground)
+    self._on_chief(
+      lambda: plot(
+        outcome.records,
+        problem,
+        self.folder / 'search.png',
+        reward=f'{judged} on held-out images',
+        value=task.value,
+        title=f'{self.helper.name}, {name}',
+      )
+    )
+    cost = problem.cost.of(outcome.levels)
+    return {
+      'allocation': name,
+      'values': problem.values(outcome.levels),
+      'cost': {'name': problem.cost.name, 'value': cost, 'budget': problem.budget},
+      'rollouts': len(outcome.records),
+    }
+
+  @property
+  def allocator(self):
+    """The name of the allocator: of --allocation, or the agent, as in PocketFlow."""
+    return self.config.allocation or 'rl'
+
+  @property
+  def _workers(self):
+    return {
+      'rank': self.runtime.rank,
+      'size': self.runtime.size,
+      'total': self.runtime.allreduce_sum,
+    }
+
+  def held_out(self, samples, batch):
+    """Returns `samples` held-out training images as a list of (x, y), spread over all there are.
+
+    With --eval_split=val, when these are for the result, images that are trained on.
+    """
+    split = 'fit' if self.run.eval_split == 'val' else 'val'
+    samples = min(samples, self.dataset.size(split))
+    batch = min(batch, samples)
+    data = self.dataset.load(
+      split, batch=batch, shard=(0, self.dataset.size(split) // samples)
+    ).take(math.ceil(samples / batch))
+    batches = [(x.numpy(), y.numpy()) for x, y in data]
+    x, y = batches.pop()
+    left = samples - batch * len(batches)
+    return [*batches, (x[:left], y[:left])]
+
+  def own_batches(self, start):
+    """Returns endless training batches that do not depend on which worker this is."""
+    return self.dataset.load(
+      self.training_split,
+      batch=self.run.batch_size,
+      seed=self.run.seed,
+      training=True,
+      start=start,
+    )
+
+  def _traces(self, model, task):
+    """Returns {variable name: mean diagonal of the Hessian}."""
+    found = traces(
+      model,
+      self.helper.loss,
+      self.held_out(self.config.nb_smpls_trace, TRACE_BATCH),
+      # Each once, and in one order on all workers.
+      list(dict.fromkeys(path for layers in task.layers for path in layers)),
+      iterations=self.config.hawq_iterations,
+      tolerance=self.config.hawq_tolerance,
+      seed=self.run.seed,
+      **self._workers,
+    )
+    return {
+      variable.name: float(np.mean([found[path] for path in layers]))
+      for variable, layers in zip(task.problem.variables, task.layers, strict=True)
+    }
+
+
+class _Shown:
+  """What a search shows on the screen. A context manager."""
+
+  def __init__(self, name, rollouts, quiet):
+    self._title, self._quiet = f'allotting by {name}', quiet
+    self._rollouts, self._best = rollouts, None
+    self._open = contextlib.ExitStack()
+    self._report = None
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *exception):
+    self._open.close()
+
+  def track(self, done, best):
+    """Shows a round of roll-outs; without a bar every tenth one, and each that is the best."""
+    if self._report is None:
+      self._report = self._open.enter_context(
+        ProgressReport(self._title, self._rollouts, quiet=self._quiet)
+      )
+    if best != self._best or done % SHOWN_EVERY == 0:
+      self._best = best
+      self._report.say(done, {'best': f'{best.reward:.4f}', 'cost': f'{best.cost:.4g}'})
+    self._report.advance(done)
+
+  def follow(self, rounds):
+    """Yields rounds of measured losses."""
+    return ProgressReport.over(self._title, rounds, quiet=self._quiet)

@@ -1,0 +1,152 @@
+"""`auto`: the ratio of each group of channels is searched for, under a budget or against it."""
+
+import dataclasses
+import math
+import pathlib
+
+import numpy as np
+
+from learners.allocation import SEARCHED, AllocationFlags, Allotting, Task, check_allocation
+from learners.channel_targets import ChannelConfig
+from learners.channels import ChannelLearner
+from pocketsize import cost
+from pocketsize.allocation import channel_costs
+from pocketsize.allocation.problem import Problem
+from pocketsize.allocation.reconstructed import Reconstructed
+from pocketsize.errors import UserError
+from pocketsize.latency import LatencyTable
+from pocketsize.options import option, refuse_idle
+
+# Ratios of a group to choose from.
+_RATIOS = 17
+_ROLL_OUTS = ('cp_nb_rlouts', 'cp_nb_rlouts_min', 'cp_reward_policy')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchFlags(ChannelConfig, AllocationFlags):
+  """Flags of a search for ratios of channels."""
+
+  cp_preserve_ratio: float = option(
+    0.5,
+    'share of multiply-accumulates to keep at most, if ratios are searched for',
+    above=0,
+    upper=1,
+  )
+  cp_reward_policy: str = option(
+    'accuracy',
+    'what a roll-out is worth: its accuracy, with cp_preserve_ratio at most; or minus its error '
+    'times the logarithm of its FLOPs, whatever they are',
+    choices=('accuracy', 'flops'),
+  )
+  cp_noise_tolerance: float = option(
+    0.15, 'cp_reward_policy=flops: an error below it counts as much', lower=0, upper=1
+  )
+  cp_nb_rlouts: int = option(200, 'roll-outs of a search', lower=1)
+  cp_nb_rlouts_min: int = option(50, 'roll-outs before the agent is trained', lower=1)
+
+  @property
+  def searches(self):
+    """Whether ratios are searched for."""
+    return self.cp_prune_option == 'auto'
+
+  def check_search(self):
+    """Raises a UserError for flags that contradict each other or have no effect."""
+    if not self.searches:
+      names = ('cp_preserve_ratio', 'cp_noise_tolerance', *_ROLL_OUTS, *SEARCHED)
+      refuse_idle(self, names, '--cp_prune_option=auto')
+      return
+    check_allocation(self, _ROLL_OUTS)
+    refuse_idle(self, ('target_scope', 'cp_uniform_preserve_ratio'), '--cp_prune_option=uniform')
+    if self.channel_trunk == 'sampler':
+      raise UserError(
+        '--cp_prune_option=auto goes with --channel_trunk=shared or whole. Received: sampler.'
+      )
+    if self.target != 'ratio':
+      refuse_idle(self, ('cp_preserve_ratio', 'cp_reward_policy'), '--target=ratio')
+    if self.cp_reward_policy != 'flops':
+      refuse_idle(self, ('cp_noise_tolerance',), '--cp_reward_policy=flops')
+    else:
+      refuse_idle(self, ('cp_preserve_ratio',), '--cp_reward_policy=accuracy')
+
+
+class ChannelSearch(ChannelLearner, Allotting):
+  """A channel learner that can search; the final model begins afresh with what was found."""
+
+  def check_target(self, channels, found):
+    if self.config.searches:
+      self._problem(channels, found)
+    else:
+      super().check_target(channels, found)
+
+  def decided(self, model, channels, found):
+    if not self.config.searches:
+      return super().decided(model, channels, found)
+    self.allot(model, lambda: self._task(model, channels, found))
+    counts = {unit.name: unit.size for unit in found}
+    variables, kept = self._choices(channels, found)
+    for variable in variables:
+      level = variable.choices.index(self.allotted[variable.name])
+      counts[variable.name] = kept[variable.name][level]
+    return counts
+
+  def _choices(self, channels, found):
+    """Returns what `unit_variables` does, of the units that need not stay whole.
+
+    At least a share of 1.5 log10(p + 1) of a unit is kept, with p that of the MACs, as in
+    PocketFlow.
+    """
+    share = (
+      self.config.cp_preserve_ratio if self.config.target == 'ratio' else self.config.target_share
+    )
+    highest = 1.0 - 1.5 * math.log10(share + 1.0)
+    ratios = np.linspace(0.0, max(highest, 0.0), _RATIOS).tolist()
+    free = [name for name, ratio in self.unit_ratios(channels, found).items() if ratio]
+    return channel_costs.unit_variables(
+      channels, found, dict.fromkeys(free, ratios), self.multiple(), self.rounding
+    )
+
+  def _problem(self, channels, found):
+    variables, counts = self._choices(channels, found)
+    if self.config.target == 'latency':
+      return Problem(variables, *self._latency(channels, counts))
+    share = {'ratio': self.config.cp_preserve_ratio, 'macs': self.config.target_share}
+    budget = share[self.config.target] if self.config.cp_reward_policy == 'accuracy' else None
+    return Problem(variables, channel_costs.macs(channels, counts), budget)
+
+  def _latency(self, channels, counts):
+    """Returns (cost in ms, budget), from layers that rank 0 times for all."""
+    format = self.config.target_format
+    path = self.config.target_table or pathlib.Path(self.folder) / f'latency_{format}.json'
+    found = self.runtime.broadcast(
+      self._on_chief(
+        lambda: channel_costs.milliseconds(channels, counts, LatencyTable(format, path))
+      )
+    )
+    whole = found.of([len(kept) - 1 for kept in counts.values()])
+    return found, self.config.target_share * whole
+
+  def _task(self, model, channels, found):
+    problem = self._problem(channels, found)
+    _, counts = self._choices(channels, found)
+    by_name = {unit.name: unit for unit in found}
+    units = [by_name[variable.name] for variable in problem.variables]
+    # In one order on all workers, as a set would not be.
+    readers = dict.fromkeys(path for unit in units for path in unit.readers)
+    rollouts = self.config.cp_nb_rlouts
+    return Task(
+      problem,
+      Reconstructed(units, counts, self.survey(model).problems(readers), self.method()),
+      rollouts,
+      min(self.config.cp_nb_rlouts_min, rollouts),
+      False,
+      layers=[tuple(unit.readers) for unit in units],
+      value='share of the channels that is dropped',
+      reward=self._reward(2 * cost.macs(channels.graph)),
+    )
+
+  def _reward(self, flops):
+    """Returns what a choice is worth: (accuracy, share of MACs) -> number."""
+    if self.config.cp_reward_policy == 'accuracy':
+      return lambda accuracy, share: accuracy
+    least = self.config.cp_noise_tolerance
+    return lambda accuracy, share: -max(least, 1.0 - accuracy) * math.log(flops * share)

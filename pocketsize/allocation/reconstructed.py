@@ -1,0 +1,86 @@
+"""Kernels of layers that read fewer channels, made once and reused by all roll-outs.
+
+A layer's regression on what it reads (`gram.Problem`) is gathered once, in the original model.
+Which channels of a unit stay at each count, and the kernel that then gives the layer's outputs best
+by least squares, follow from it without another image, so a roll-out costs one evaluation.
+
+Deviation: PocketFlow refits every layer in every roll-out, to what it reads in the model that is
+pruned ahead of it. Here it is what the layer reads in the original model. The final model is pruned
+layer by layer, with `Layerwise`.
+"""
+
+import numpy as np
+
+
+class Reconstructed:
+  """Candidates of a channel problem.
+
+  Args:
+    units: list of `units.Unit`s, the problem's variables in order.
+    choices: {unit name: channels kept at each level, ascending}.
+    problems: {path: `gram.Problem`} of all their readers, from the original model.
+    method: has `select(problems, places, size, count)` and `reconstruct(problem, rows)`.
+  """
+
+  def __init__(self, units, choices, problems, method):
+    self._units, self._choices = units, choices
+    self._problems, self._method = problems, method
+    # In order, so that all workers have the same.
+    self._readers = list(dict.fromkeys(path for unit in units for path in unit.readers))
+    self._chosen, self._kernels = {}, {}
+
+  def kernels(self, levels):
+    """Returns {path: {'kernel': array}} of all readers at [units] levels."""
+    return {path: {'kernel': self._kernel(path, levels)} for path in self._readers}
+
+  def errors(self, name):
+    """Returns [choices] squared changes of the kernels that read unit `name`, the others whole."""
+    place = [unit.name for unit in self._units].index(name)
+    whole = np.array([len(self._choices[unit.name]) - 1 for unit in self._units])
+    return np.array(
+      [
+        sum(
+          float(np.sum(np.square(kernel.ravel() - self._problems[path].kernel.ravel())))
+          for path, kernel in self._reading(
+            place, np.where(np.arange(len(whole)) == place, level, whole)
+          )
+        )
+        for level in range(whole[place] + 1)
+      ]
+    )
+
+  def _reading(self, place, levels):
+    """Yields (path, kernel) of the readers of a unit."""
+    for path in self._units[place].readers:
+      yield path, self._kernel(path, levels)
+
+  def _kernel(self, path, levels):
+    """Returns the kernel of a reader, refitted if it reads fewer channels than there are."""
+    read = [
+      (place, int(levels[place])) for place, unit in enumerate(self._units) if path in unit.readers
+    ]
+    key = path, *read
+    if key not in self._kernels:
+      problem = self._problems[path]
+      chosen = np.ones(problem.inputs, bool)
+      for place, level in read:
+        places = self._units[place].readers[path]
+        inside = places >= 0
+        chosen[inside] &= self._selected(place, level)[places[inside]]
+      kernel = problem.kernel
+      if not chosen.all():
+        kernel = self._method.reconstruct(problem, problem.rows_of(chosen))
+      self._kernels[key] = kernel.astype(np.float32).reshape(problem.layer.kernel.shape)
+    return self._kernels[key]
+
+  def _selected(self, place, level):
+    """Returns [size] bool: the channels of a unit that stay at a level."""
+    if (place, level) not in self._chosen:
+      unit = self._units[place]
+      count = self._choices[unit.name][level]
+      selected = np.ones(unit.size, bool)
+      if count < unit.size:
+        problems = [self._problems[path] for path in unit.readers]
+        selected = self._method.select(problems, list(unit.readers.values()), unit.size, count)
+      self._chosen[place, level] = selected
+    return self._chosen[place, level]

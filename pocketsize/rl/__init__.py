@@ -1,0 +1,1 @@
+"""Reinforcement learning that knows no compression: states, actions and rewards alone."""
