@@ -26,7 +26,7 @@ class ChannelPruned(ChannelSearch):
 
     cp_prune_option: str = option(
       'auto',
-      "each convolution's ratio: searched for by --allocation (unset: rl), the same, or from a list",
+      "each convolution's ratio: searched for by --allocation (unset: rl), one for all, a list",
       choices=('auto', 'uniform', 'list'),
     )
     cp_uniform_preserve_ratio: float = option(

@@ -5,6 +5,7 @@ import contextlib
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from pocketsize import fused_bn
 from pocketsize.errors import UserError
@@ -103,26 +104,13 @@ def re_estimate_batch_norm(model, batches, total=lambda array: array):
   Raises:
     UserError: there is no batch.
   """
-  layer_by_node = {
-    node: node.operation for node in model.graph.nodes if _has_moving_statistics(model, node)
-  }
-  layers = {id(layer): layer for layer in layer_by_node.values()}
+  nodes = batch_norm_calls(model)
+  layers = {id(node.operation): node.operation for node in nodes}
   # Behind both statistics, how many calls they are of.
-  sums = {key: np.zeros(2 * _statistics(layer).shape[1] + 1) for key, layer in layers.items()}
-
-  def observe(node, outputs):
-    if node in layer_by_node:
-      layer = layer_by_node[node]
-      sums[id(layer)] += np.append(_statistics(layer), 1.0)
-
-  with _without_memory(layers.values()):
-    for batch in batches:
-      model.run(
-        batch,
-        training=lambda node: node in layer_by_node,
-        activate=lambda transform, x: transform(x, training=False),
-        observe=observe,
-      )
+  sums = {key: np.zeros(2 * layer.moving_mean.shape[0] + 1) for key, layer in layers.items()}
+  for batch in batches:
+    for node, statistics in zip(nodes, batch_statistics(model, batch), strict=True):
+      sums[id(node.operation)] += np.append(keras.ops.convert_to_numpy(statistics), 1.0)
   for key, layer in layers.items():
     *statistics, calls = total(sums[key])
     if not calls:
@@ -130,6 +118,41 @@ def re_estimate_batch_norm(model, batches, total=lambda array: array):
     mean, variance = np.reshape(statistics, (2, -1)) / calls
     layer.moving_mean.assign(mean)
     layer.moving_variance.assign(variance)
+
+
+def batch_norm_calls(model):
+  """Returns the nodes of an `Instrumented` model that are batch norms with statistics to estimate,
+  in order: no frozen ones.
+  """
+  return [node for node in model.graph.nodes if _has_moving_statistics(model, node)]
+
+
+def batch_statistics(model, batch):
+  """Returns the mean and the (biased) variance that each of `batch_norm_calls` sees of one batch.
+
+  The moving statistics are left at those of the batch. It can be compiled.
+
+  Args:
+    model, batch: see `re_estimate_batch_norm`.
+
+  Returns:
+    List of [2, channels] tensors.
+  """
+  nodes, found = batch_norm_calls(model), []
+
+  def observe(node, outputs):
+    if node in nodes:
+      moving = (node.operation.moving_mean, node.operation.moving_variance)
+      found.append(tf.stack([each.value for each in moving]))
+
+  with _without_memory({id(node.operation): node.operation for node in nodes}.values()):
+    model.run(
+      batch,
+      training=lambda node: node in nodes,
+      activate=lambda transform, x: transform(x, training=False),
+      observe=observe,
+    )
+  return found
 
 
 def _has_moving_statistics(model, node):
@@ -140,12 +163,6 @@ def _has_moving_statistics(model, node):
     and not node.inference_only
     and not fused_bn.is_frozen(model.transforms_at(node.path, fused_bn.SWITCH_POINT))
   )
-
-
-def _statistics(layer):
-  """Returns the moving mean and variance of a batch norm, [2, channels] float64."""
-  moving = (layer.moving_mean, layer.moving_variance)
-  return np.stack([keras.ops.convert_to_numpy(each) for each in moving]).astype(np.float64)
 
 
 @contextlib.contextmanager

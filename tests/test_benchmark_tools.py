@@ -147,3 +147,17 @@ def test_the_benchmark_of_selections_runs(arguments, code):
   )
   assert done.returncode == code, done.stderr
   assert ('convnet' in done.stdout) if code == 0 else ("Received: 'odd'" in done.stderr)
+
+
+@pytest.mark.parametrize('arguments, code', [(['--net=resnet_at_cifar10'], 0), (['--net=odd'], 2)])
+def test_the_benchmark_of_searches_runs(arguments, code):
+  done = subprocess.run(
+    [
+      sys.executable, '-m', 'tools.benchmark.search', '--samples=6', '--batch=4', '--rollouts=2',
+      '--bn_samples=4', '--traces', '--trace_samples=4', '--trace_batch=2', '--iterations=2',
+      *arguments,
+    ],
+    cwd=ROOT, text=True, capture_output=True,
+  )  # fmt: skip
+  assert done.returncode == code, done.stderr
+  assert (done.stdout.count('resnet_20') == 2) if code == 0 else ("Received: 'odd'" in done.stderr)

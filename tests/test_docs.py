@@ -237,3 +237,17 @@ def test_the_programs_of_the_page_of_channels_run():
     exec(block, scope)
     assert scope.get('smaller', model).count_params() <= model.count_params()
   assert scope['smaller'].count_params() < 0.5 * model.count_params()
+
+
+def test_the_programs_of_the_page_of_allocation_run():
+  scope = {}
+  for block in blocks(text_of('docs/allocation.md'), 'python'):
+    exec(block, scope)
+  problem, outcome = scope['problem'], scope['outcome']
+  assert problem.is_met(outcome.levels)
+  assert scope['score'](outcome.levels) > scope['score']([2, 2, 2])
+  content = json.loads((scope['folder'] / 'search.json').read_text())
+  assert content['done'] == 30 and (scope['folder'] / 'search.png').stat().st_size > 0
+  shutil.rmtree(scope['folder'])
+  named = set(re.findall(r'`(\w+)`', text_of('docs/allocation.md')))
+  assert {*content, *content['problem'], *content['records'][0], 'values'} <= named

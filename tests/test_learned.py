@@ -345,9 +345,32 @@ def test_a_symmetric_range_against_the_slow_loop(bits, signed, high):
   assert to_high == pytest.approx(slow_high, rel=1e-3, abs=1e-2)
 
 
+@pytest.mark.parametrize('bits', [2, 8])
+@pytest.mark.parametrize(
+  ('function', 'ends'),
+  [
+    (lambda x, high, bits: quantize_by_high(x, high, bits, False), [1.3]),
+    (lambda x, high, bits: quantize_by_high(x, high, bits, True), [1.3]),
+    (quantize_by_range, [-0.7, 2.1]),
+  ],
+  ids=['nonnegative', 'symmetric', 'range'],
+)
+def test_gradients_are_the_same_where_there_is_a_gpu(function, ends, bits, monkeypatch):
+  """There TensorFlow's one operation for them is not used; sums differ in their order only."""
+  found = []
+  for devices in ([], ['gpu']):
+    monkeypatch.setattr(tf.config, 'list_physical_devices', lambda kind, there=devices: there)
+    y, parts = gradients(
+      lambda x, *ends: function(x, *ends, bits), BATCH, *ends, upstream=tf.constant(UPSTREAM)
+    )
+    found.append([y, *parts])
+  for one, other in zip(*found, strict=True):
+    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
 def test_ties_of_activations_go_up_as_in_tensorflows_fake_quantizer():
   y, _ = gradients(
-    lambda x, high: quantize_by_high(x, high, 2, False), [0.5, 1.5, 2.5], 3.0, upstream=[1.0] * 3
+    lambda x, high: quantize_by_high(x, high, 2, False), [0.5, 1.5, 2.5], 3.0, upstream=tf.ones(3)
   )
   assert y.tolist() == [1, 2, 3]
 

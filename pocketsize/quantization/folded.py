@@ -154,11 +154,15 @@ class Factors:
       for path, _, transform in model.placements
       if isinstance(transform, FoldedQuantizer)
     ]
-    # Compiled, because it is called before every step.
-    self.update = tf.function(self._update, autograph=False)
+    # Because it is called before every step.
+    self._compiled = tf.function(self._update, autograph=False)
+
+  def update(self):
+    """Sets all factors from the batch norms as deployed."""
+    if self._pairs:
+      self._compiled()
 
   def _update(self):
-    """Sets all factors from the batch norms as deployed; `update` is the same, compiled."""
     for quantizer, path in self._pairs:
       layer = self._model.graph.layers[path]
       variance = self._deployed(path, 'moving_variance')

@@ -88,14 +88,8 @@ def quantize_by_range(x, low, width, bits):
     values = quantize_affine(x, *ends, bits)
 
     def gradient(upstream):
-      below, above, inside = _places(x, *ends)
-      error = tf.math.divide_no_nan(values - x, ends[1] - ends[0])
-      to_width = tf.where(inside, error, tf.cast(above, x.dtype))
-      return (
-        tf.where(inside, upstream, 0.0),
-        tf.reduce_sum(tf.where(inside, 0.0, upstream)),
-        tf.reduce_sum(upstream * to_width),
-      )
+      inside, error, below, above = _parts(upstream, x, values, *ends, bits)
+      return inside, below + above, tf.math.divide_no_nan(error, ends[1] - ends[0]) + above
 
     return values, gradient
 
@@ -121,10 +115,8 @@ def quantize_by_high(x, high, bits, signed):
     values = quantize_affine(x, ratio * high, high, bits)
 
     def gradient(upstream):
-      below, above, inside = _places(x, ratio * high, high)
-      outside = tf.where(below, ratio, 1.0)
-      to_high = tf.where(inside, tf.math.divide_no_nan(values - x, high), outside)
-      return tf.where(inside, upstream, 0.0), tf.reduce_sum(upstream * to_high)
+      inside, error, below, above = _parts(upstream, x, values, ratio * high, high, bits)
+      return inside, tf.math.divide_no_nan(error, high) + ratio * below + above
 
     return values, gradient
 
@@ -152,7 +144,20 @@ def quantize_by_clipping(x, alpha, bits):
   return quantize(x, alpha)
 
 
-def _places(x, low, high):
-  """Returns where x is (below, above, inside) the range."""
-  below, above = x < low, x > high
-  return below, above, ~(below | above)
+def _parts(upstream, x, values, low, high, bits):
+  """Returns the gradient by where x lies: (inside, error, below, above).
+
+  Of these `inside` is the gradient where x is inside the range, ends included, else 0; the others
+  are sums: of `inside` times (values - x), and of the gradient below and above the range. An end
+  may be off by its last bit, as `quantize_affine` rounds it.
+  """
+  if bits > 1 and not tf.config.list_physical_devices('GPU'):
+    # One operation instead of eight passes over x; it has no deterministic GPU kernel.
+    inside, below, above = tf.quantization.fake_quant_with_min_max_vars_gradient(
+      upstream, x, low, high, num_bits=bits
+    )
+  else:
+    is_below, is_above = x < low, x > high
+    inside = tf.where(is_below | is_above, 0.0, upstream)
+    below, above = (tf.reduce_sum(tf.where(where, upstream, 0.0)) for where in (is_below, is_above))
+  return inside, tf.reduce_sum(inside * (values - x)), below, above

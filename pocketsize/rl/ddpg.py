@@ -143,8 +143,7 @@ class Agent:
     self._act = tf.function(functools.partial(compute, self._actor), autograph=False)
     self._step = tf.function(self._train_step, autograph=False)
     self._explorer = None
-    self._has_trained = False
-    self._has_baseline = False
+    self._has_trained = self._has_baseline = False
     self.baseline = 0.0
     self.noise_std = config.noise_std_init
 
@@ -206,12 +205,13 @@ class Agent:
     if not self.is_ready:
       raise UserError('`train()` must wait until the replay buffer is full and `is_ready` is true.')
     self._has_trained = True
-    batch = self._replay.sample(self._rng, self._config.batch_size)
+    config = self._config
+    batch = self._replay.sample(self._rng, config.batch_size)
     states, actions, rewards, terminals, next_states = batch
-    if self._config.noise_prtl == 'adapt':
-      distance, wanted = self._noise_distance(states), self._config.noise_dst_finl
-      self.noise_std = adapted(self.noise_std, distance, wanted, self._config.noise_adpt_rat)
-    if self._config.enbl_bsln_func:
+    if config.noise_prtl == 'adapt':
+      moved = self._noise_distance(states)
+      self.noise_std = adapted(self.noise_std, moved, config.noise_dst_finl, config.noise_adpt_rat)
+    if config.enbl_bsln_func:
       rewards = rewards - np.float32(self.baseline)
     losses = self._step(states, actions, rewards, terminals, next_states)
     return Losses(*(float(loss) for loss in losses), self.noise_std)

@@ -50,11 +50,10 @@ def compute(network, weights, inputs):
 def perturbed(network, std, rng):
   """Returns a network's weights with noise N(0, std^2) on all but those of layer norms.
 
-  Layer norms bring every layer's noise to one scale (Plappert et al. 2018, section 3), if they have
-  none.
+  Layer norms bring the noise of all layers to one scale (Plappert et al. 2018, section 3).
 
   Returns:
-    list of float32 arrays, like `network.weights`.
+    list of float32 tensors, like `network.weights`.
   """
   is_norm = [
     isinstance(layer, keras.layers.LayerNormalization)
@@ -62,8 +61,8 @@ def perturbed(network, std, rng):
     for _ in layer.weights
   ]
   return [
-    weight if is_norm else weight + rng.normal(0.0, std, weight.shape).astype(np.float32)
-    for weight, is_norm in zip(network.get_weights(), is_norm, strict=True)
+    tf.constant(weight if is_kept else weight + rng.normal(0.0, std, weight.shape), tf.float32)
+    for weight, is_kept in zip(network.get_weights(), is_norm, strict=True)
   ]
 
 

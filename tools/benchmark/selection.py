@@ -17,13 +17,12 @@ import numpy as np
 from absl import flags
 
 from pocketsize.channel_graph import ChannelGraph
-from pocketsize.errors import UserError
 from pocketsize.pruning import units
 from pocketsize.pruning.ista import Ista
 from pocketsize.pruning.lasso import Lasso
 from pocketsize.pruning.layerwise import Layerwise
 from pocketsize.pruning.proximal import Proximal
-from tools.docs.flags import helpers
+from tools.benchmark import nets
 
 METHODS = {'lasso': Lasso, 'ista': Ista, 'proximal': Proximal}
 
@@ -85,18 +84,10 @@ def _application():
 
 def _net():
   """Returns (model, batches) of one of our nets, with its training images."""
-  known = helpers()
-  if _NET.value not in known:
-    raise UserError(
-      f'--net must be one of {", ".join(known)}, or a model of keras.applications. '
-      f'Received: {_NET.value!r}.'
-    )
   options = {'data_dir_local': _DATA.value, 'resnet_size': _RESNET_SIZE.value}
   if _NET.value == 'resnet_at_cifar10' and _PRETRAINED.value:
     options['shortcut'] = 'pad'
-  helper = known[_NET.value](
-    known[_NET.value].Config(**{name: value for name, value in options.items() if value})
-  )
+  helper = nets.helper(_NET.value, options, ', or a model of keras.applications')
   model = helper.load(_PRETRAINED.value) if _PRETRAINED.value else helper.build()
   data = helper.dataset().load('train', batch=_BATCH.value, training=True)
   return model, [x.numpy() for x, _ in data.take(math.ceil(_SAMPLES.value / _BATCH.value))]
