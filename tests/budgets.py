@@ -1,7 +1,6 @@
 """Problems of allocation for tests: layers of different sizes under a mean of bits."""
 
 import numpy as np
-from hypothesis import strategies
 
 from pocketsize.allocation.problem import Cost, Problem, Term, Variable
 from pocketsize.allocation.studies import spread
@@ -48,21 +47,3 @@ def proposals(searcher, score, rollouts):
     asked.append(searcher.ask())
     searcher.tell(asked[-1], score(asked[-1]))
   return np.array(asked)
-
-
-@strategies.composite
-def problems(draw):
-  """Problems of up to five variables, some with one choice, two of them coupled, or no budget."""
-  sizes = draw(strategies.lists(strategies.integers(1, 5), min_size=1, max_size=5))
-  steps = strategies.floats(0, 10, allow_subnormal=False)
-  terms = [
-    Term((i,), np.cumsum(draw(strategies.lists(steps, min_size=n, max_size=n))))
-    for i, n in enumerate(sizes)
-  ]
-  if len(sizes) > 1:
-    terms.append(Term((0, 1), np.add.outer(np.arange(sizes[0]), np.arange(sizes[1]))))
-  variables = [Variable(f'v{i}', tuple(range(n)), (n, -i)) for i, n in enumerate(sizes)]
-  cost = Cost('units', terms, draw(steps))
-  least, most = (cost.of([each * (n - 1) for n in sizes]) for each in (0, 1))
-  share = draw(strategies.none() | strategies.floats(0, 1))
-  return Problem(variables, cost, None if share is None else least + share * (most - least))

@@ -68,9 +68,9 @@ class GaussianProcessSampler(optuna.samplers.BaseSampler):
     """Returns {name: level} of the best candidate that has no trial yet."""
     states = optuna.trial.TrialState
     done = study.get_trials(deepcopy=False, states=(states.COMPLETE,))
-    # The trial that is asked for runs too, but has no parameters yet.
     running = study.get_trials(deepcopy=False, states=(states.RUNNING,))
-    running = [each for each in running if each.params]
+    # The trial that is asked for runs too, and has those parameters that leave no choice.
+    running = [each for each in running if each.number != trial.number]
     points = np.array([self._levels(each) for each in done])
     pending = np.array([self._levels(each) for each in running], int).reshape(-1, points.shape[1])
     rewards = np.array([each.value for each in done])
