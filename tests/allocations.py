@@ -29,7 +29,10 @@ def problems(draw, most=5, choices=4, places=3):
   variables = [Variable(f'v{place}', tuple(range(1, size + 1))) for place, size in enumerate(sizes)]
   cost = Cost('units', terms, float(rng.integers(0, 3)))
   low, high = cost.of([0] * len(sizes)), cost.of([size - 1 for size in sizes])
-  budget = draw(st.sampled_from([None, low, high, low + rng.random() * (high - low)]))
+  # Many choices cost the same, so that many are over the last of these by next to nothing.
+  between = cost.of([int(rng.integers(size)) for size in sizes])
+  near = max(low, between + draw(st.sampled_from([0.0, 3e-9, -4e-9, -1e-7])))
+  budget = draw(st.sampled_from([None, low, high, low + rng.random() * (high - low), near]))
   return Problem(variables, cost, budget)
 
 

@@ -64,12 +64,16 @@ def test_the_cheapest_of_levels_that_lose_the_same():
     assert minimise(Problem(variables, Cost('bits', terms), budget), losses).tolist() == [0, 1]
 
 
-def test_a_solution_that_is_over_the_budget_by_next_to_nothing_is_none():
-  """HiGHS sees nothing of 1e-8, the problem does."""
-  variables = [Variable(name, (1, 2)) for name in 'abc']
-  terms = [Term((place,), np.array([0.0, 1.0 + place * 1e-8])) for place in range(3)]
+@pytest.mark.parametrize('excess', [2.5e-9, 4e-9, 1e-7])
+@pytest.mark.parametrize(('count', 'legal'), [(3, 1), (6, 2)])
+def test_a_solution_that_is_over_the_budget_by_next_to_nothing_is_none(count, legal, excess):
+  """HiGHS takes it for one, the problem does not: each such must be excluded."""
+  variables = [Variable(f'v{place}', (1, 2)) for place in range(count)]
+  table = np.array([0.0, (1.0 + excess) / (legal + 1)])
+  terms = [Term((place,), table) for place in range(count)]
   problem = Problem(variables, Cost('units', terms), 1.0)
-  assert minimise(problem, [np.array([each, 0.0]) for each in (1, 2, 3)]).tolist() == [1, 0, 0]
+  levels = minimise(problem, [np.array([place + 1.0, 0.0]) for place in range(count)])
+  assert levels.tolist() == [0] * (count - legal) + [1] * legal
 
 
 def test_losses_of_very_different_sizes():

@@ -11,9 +11,11 @@ from toys import conv_net
 
 from pocketsize import conversion, targets
 from pocketsize.channel_graph import ChannelGraph
+from pocketsize.conversion.formats import QUANTIZED_FORMATS
+from pocketsize.conversion.inspection import count_ops
 from pocketsize.errors import UserError
 from pocketsize.graph import Graph
-from pocketsize.latency import LatencyTable, predicted, relative
+from pocketsize.latency import INTEGER_RUNTIMES, RUNTIMES, LatencyTable, predicted, relative
 from pocketsize.layer_timing import LayerTimer
 from pocketsize.pruning import filters
 from pocketsize.pruning.latency_budget import choose_for_latency, measured
@@ -129,9 +131,37 @@ def test_a_foreign_table_is_refused(tmp_path, key):
     table_of(path=path)
 
 
+def test_a_complete_table_times_nothing(tmp_path):
+  timer, path = Timer(), tmp_path / 'table.json'
+  table_of(path=path).milliseconds(layers.Conv2D(8, 3), (9, 9, 16))
+  complete = table_of(timer, path=path, is_complete=True)
+  assert complete.milliseconds(layers.Conv2D(8, 3, name='other'), (9, 9, 16)) == 256 + 8 + 100
+  message = (
+    r"table\.json is of another net: it has no layer like 'mine' "
+    r'\(Conv2D kernel_size=\(5, 5\) .* positions=9x9, channels 16x8\)'
+  )
+  with pytest.raises(UserError, match=message):
+    complete.milliseconds(layers.Conv2D(8, 5, name='mine'), (9, 9, 16))
+  with pytest.raises(UserError, match='channels 8x8'):
+    complete.milliseconds(layers.Conv2D(8, 3), (9, 9, 16), 8, 8)
+  assert timer.asked == []
+  for missing in (tmp_path / 'none.json', None):
+    with pytest.raises(UserError, match='must be a file that is there. Received: .*(none|None)'):
+      table_of(path=missing, is_complete=True)
+
+
+def test_integers_have_a_table_of_their_own(tmp_path):
+  path = tmp_path / 'table.json'
+  table_of(path=path).milliseconds(layers.Dense(8), (16,))
+  with pytest.raises(UserError, match="one format only, .* 'tflite_int8'.* Received: 'tflite'"):
+    LatencyTable('tflite_int8', path)
+  assert set(INTEGER_RUNTIMES) == QUANTIZED_FORMATS
+  assert set(INTEGER_RUNTIMES) | set(RUNTIMES) == set(conversion.FORMATS)
+
+
 def test_tables_that_make_no_sense():
-  with pytest.raises(UserError, match="one of tflite, onnx, openvino. Received: 'tflite_int8'"):
-    LatencyTable('tflite_int8')
+  with pytest.raises(UserError, match="onnx, openvino, tflite_int8, .*. Received: 'tflite_int4'"):
+    LatencyTable('tflite_int4')
   with pytest.raises(UserError, match='`multiple` must be at least 1. Received: 0'):
     LatencyTable('onnx', multiple=0)
   model = keras.Sequential([keras.Input((None, None, 3)), layers.Conv2D(4, 3, name='a')])
@@ -276,8 +306,34 @@ def test_the_other_runtimes_time_a_layer(format_):
   assert table.milliseconds(layers.Conv2D(8, 3), (16, 16, 8)) > 0.0
 
 
-def test_every_kind_of_layer_is_timed():
-  timer = LayerTimer('tflite')
+@pytest.mark.parametrize('format_', INTEGER_RUNTIMES)
+def test_what_is_timed_in_integers_computes_in_integers(format_, monkeypatch):
+  export, counts = conversion.export, []
+
+  def counted(*arguments):
+    (file,) = export(*arguments)
+    counts.append(count_ops(file.path)[0])
+    return [file]
+
+  monkeypatch.setattr(conversion, 'export', counted)
+  assert LatencyTable(format_).milliseconds(layers.Conv2D(16, 3), (16, 16, 8)) > 0.0
+  # The model with the layer, and the one without.
+  whole, rest = counts
+  assert whole > rest > 0
+
+
+def test_integers_of_a_wide_layer_take_less_than_floats():
+  layer, shape = layers.Conv2D(64, 3), (32, 32, 64)
+  floats, integers = (
+    LayerTimer(format_)(layers.Conv2D.from_config(layer.get_config()), shape)
+    for format_ in ('tflite', 'tflite_int8')
+  )
+  assert integers < floats
+
+
+@pytest.mark.parametrize('format_', ['tflite', 'tflite_int8'])
+def test_every_kind_of_layer_is_timed(format_):
+  timer = LayerTimer(format_)
   kinds = [
     (layers.Conv1D(4, 3), (8, 6)),
     (layers.Conv1DTranspose(4, 3), (8, 6)),

@@ -147,7 +147,8 @@ class _Program:
       integrality=np.arange(self._size) < self._starts[-1],
       bounds=Bounds(0.0, self._upper),
       constraints=[LinearConstraint(equations, self._sums, self._sums), *self._limits],
-      options={'mip_rel_gap': 0.0},
+      # HiGHS' presolve calls programs infeasible that are not, where choices are near the budget.
+      options={'mip_rel_gap': 0.0, 'presolve': False},
     )
     if answer.x is None:
       raise UserError(f'The integer program has no answer. Received: {answer.message}')
