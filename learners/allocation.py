@@ -1,4 +1,4 @@
-"""The search for what each layer gets, as the first phase of a run: its flags, and what it leaves.
+"""The search for what each layer gets, as the first phase of a run.
 
 What may be chosen is the learner's: a `Problem`, and the kernels that go with each choice. A search
 changes no model. What it leaves are the values in allocation.json, with which the run goes on from
@@ -6,7 +6,6 @@ the float model as with a list of the user's.
 """
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -19,91 +18,15 @@ from pocketsize.allocation import allocators, costs
 from pocketsize.allocation.plot import plot
 from pocketsize.allocation.scoring import Scorer
 from pocketsize.allocation.traces import traces
-from pocketsize.errors import UserError
 from pocketsize.files import write_json
 from pocketsize.graph import Graph
-from pocketsize.options import option, refuse_idle
-from pocketsize.rl.ddpg import DdpgConfig
 
-PREFIX = 'ddpg_'
 RESULT = 'allocation.json'
 # Images of a scoring step.
 SCORE_BATCH = 250
 TRACE_BATCH = 32
 # Roll-outs between two lines where there is no bar.
 SHOWN_EVERY = 10
-
-AgentFlags = dataclasses.make_dataclass(
-  'AgentFlags',
-  [
-    (
-      f'{PREFIX}{field.name}',
-      field.type,
-      dataclasses.field(default=field.default, metadata=field.metadata),
-    )
-    for field in dataclasses.fields(DdpgConfig)
-  ],
-  frozen=True,
-  kw_only=True,
-)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AllocationFlags(AgentFlags):
-  """Flags of every learner that can search for what each layer gets."""
-
-  allocation: str | None = option(
-    None,
-    'what decides what each layer gets: an agent that learns from roll-outs (rl), second '
-    'derivatives of the loss (hawq), measured losses of single layers (sensitivity), Parzen '
-    'estimators (tpe), a Gaussian process (gp); or the same for all (uniform), less for larger '
-    'layers (heuristic)',
-    choices=tuple(allocators.ALLOCATORS),
-  )
-  nb_smpls_score: int = option(
-    1000, 'held-out training images by which a choice is scored', lower=1
-  )
-  nb_smpls_trace: int = option(
-    256, 'hawq: held-out training images for second derivatives of the loss', lower=1
-  )
-  hawq_iterations: int = option(
-    200, 'hawq: random vectors for second derivatives, at most', lower=2
-  )
-  hawq_tolerance: float = option(
-    0.01, 'hawq: relative change of their means at which no more vectors are drawn', above=0
-  )
-
-  def agent(self):
-    """Returns the `DdpgConfig`."""
-    names = [field.name for field in dataclasses.fields(DdpgConfig)]
-    try:
-      return DdpgConfig(**{name: getattr(self, PREFIX + name) for name in names})
-    except UserError as error:
-      raise UserError(str(error).replace('--', f'--{PREFIX}')) from error
-
-
-# All of them, and those that only the allocators that have them read.
-SEARCHED = tuple(field.name for field in dataclasses.fields(AllocationFlags))
-_AGENT = tuple(field.name for field in dataclasses.fields(AgentFlags))
-_TRACES = ('nb_smpls_trace', 'hawq_iterations', 'hawq_tolerance')
-BY_ROLL_OUTS = ('rl', 'tpe', 'gp')
-
-
-def check_allocation(config, roll_outs):
-  """Raises a UserError for flags that the allocator has no use for.
-
-  Args:
-    config: `AllocationFlags` of a search; unset --allocation is the agent.
-    roll_outs: names of the learner's flags about roll-outs.
-  """
-  name = config.allocation or 'rl'
-  if name not in BY_ROLL_OUTS:
-    refuse_idle(config, roll_outs, f'--allocation={" or ".join(BY_ROLL_OUTS)}')
-  if name != 'rl':
-    refuse_idle(config, _AGENT, '--allocation=rl')
-  if name != 'hawq':
-    refuse_idle(config, _TRACES, '--allocation=hawq')
-  config.agent()
 
 
 class Task(NamedTuple):
@@ -114,7 +37,7 @@ class Task(NamedTuple):
     candidates, rollouts, rollouts_min, random_order: see `allocators.Ground`.
     layers: [variables] tuples of the paths of each one's layers.
     value: what the values are, with their unit.
-    reward: (figure that nets are judged by, cost) -> number.
+    reward: (figure that nets are judged by, cost) -> number; None for what --score_by says.
     tuning: `Tuning` of a model in a roll-out, or None.
   """
 
@@ -125,7 +48,7 @@ class Task(NamedTuple):
   random_order: bool
   layers: list
   value: str
-  reward: Callable = lambda figure, cost: figure
+  reward: Callable | None = None
   tuning: object = None
 
 
@@ -156,7 +79,13 @@ class Allotting(Learner):
     """Returns what allocation.json says."""
     problem, name = task.problem, self.allocator
     batches = self.held_out(self.config.nb_smpls_score, SCORE_BATCH)
-    scorer = Scorer(model, batches, self.helper.evaluator())
+    norms = math.ceil(self.config.nb_smpls_score_bn / self.run.batch_size)
+    scorer = Scorer(
+      model,
+      batches,
+      self.helper.evaluator(),
+      [x.numpy() for x, _ in self.own_batches(0).take(norms)],
+    )
 
     def score(levels):
       if task.tuning:
@@ -165,6 +94,15 @@ class Allotting(Learner):
 
     # The first figure of an evaluator is the one that a net is judged by.
     judged = next(iter(scorer.score({})))
+
+    def reward(figures, cost):
+      if task.reward:
+        return task.reward(figures[judged], cost)
+      return -figures['loss'] if self.config.score_by == 'loss' else figures[judged]
+
+    shown_as = (
+      'reward' if task.reward else {'loss': '-loss', 'metric': judged}[self.config.score_by]
+    )
     graph = Graph(model)
     with _Shown(name, task.rollouts, quiet=not self.runtime.is_chief) as shown:
       ground = allocators.Ground(
@@ -174,7 +112,7 @@ class Allotting(Learner):
         scorer=scorer,
         traces=lambda: self._traces(model, task),
         score=score,
-        reward=lambda figures, cost: task.reward(figures[judged], cost),
+        reward=reward,
         rollouts=task.rollouts,
         rollouts_min=task.rollouts_min,
         random_order=task.random_order,
@@ -193,7 +131,7 @@ class Allotting(Learner):
         outcome.records,
         problem,
         self.folder / 'search.png',
-        reward=f'{judged} on held-out images',
+        reward=f'{shown_as} on held-out images',
         value=task.value,
         title=f'{self.helper.name}, {name}',
       )

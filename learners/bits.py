@@ -8,7 +8,8 @@ import math
 import pathlib
 
 from learners import quantization
-from learners.allocation import SEARCHED, AllocationFlags, Allotting, Task, check_allocation
+from learners.allocation import Allotting, Task
+from learners.allocation_flags import SEARCHED, AllocationFlags, check_allocation
 from learners.roll_outs import Tuning
 from pocketsize import targets
 from pocketsize.allocation import costs

@@ -6,7 +6,8 @@ import pathlib
 
 import numpy as np
 
-from learners.allocation import SEARCHED, AllocationFlags, Allotting, Task, check_allocation
+from learners.allocation import Allotting, Task
+from learners.allocation_flags import SEARCHED, AllocationFlags, check_allocation
 from learners.channel_targets import ChannelConfig
 from learners.channels import ChannelLearner
 from pocketsize import cost
@@ -145,8 +146,8 @@ class ChannelSearch(ChannelLearner, Allotting):
     )
 
   def _reward(self, flops):
-    """Returns what a choice is worth: (accuracy, share of MACs) -> number."""
+    """Returns PocketFlow's reward without a budget: (accuracy, share of MACs) -> number."""
     if self.config.cp_reward_policy == 'accuracy':
-      return lambda accuracy, share: accuracy
+      return None
     least = self.config.cp_noise_tolerance
     return lambda accuracy, share: -max(least, 1.0 - accuracy) * math.log(flops * share)

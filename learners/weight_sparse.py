@@ -5,7 +5,8 @@ import math
 
 import numpy as np
 
-from learners.allocation import SEARCHED, AllocationFlags, Allotting, Task, check_allocation
+from learners.allocation import Allotting, Task
+from learners.allocation_flags import SEARCHED, AllocationFlags, check_allocation
 from learners.roll_outs import Tuning
 from pocketsize import targets
 from pocketsize.allocation import costs
@@ -145,17 +146,9 @@ class WeightSparse(Allotting):
       False,
       layers=[(variable.name,) for variable in problem.variables],
       value='share of the weights that is dropped',
-      reward=self._reward,
+      reward=None if self.config.ws_reward_type == 'single-obj' else _multi_objective,
       tuning=tuning,
     )
-
-  def _reward(self, figure, density):
-    if self.config.ws_reward_type == 'single-obj':
-      return figure
-    return figure * math.log(2.0 - density)
-
-  def epochs(self):
-    return self.helper.epochs()
 
   def compressors(self, graph, steps):
     begin, end = (
@@ -179,3 +172,8 @@ class WeightSparse(Allotting):
       targets.Rule(MagnitudeConfig(float(ratio), begin, end, every, exponent), op_names=(path,))
       for path, ratio in ratios.items()
     ]
+
+
+def _multi_objective(accuracy, density):
+  """Returns accuracy ln(1 + ratio), PocketFlow's reward without a budget."""
+  return accuracy * math.log(2.0 - density)

@@ -51,10 +51,10 @@ class DdpgConfig:
     'the noise decays from roll-out to roll-out, or adapts to a distance of actions',
     choices=('tdecy', 'adapt'),
   )
-  noise_std_init: float = option(1.0, 'first standard deviation of the noise', above=0)
+  noise_std_init: float = option(0.2, 'first standard deviation of the noise', above=0)
   noise_dst_finl: float = option(0.01, 'adapt: mean distance of noisy actions', above=0)
   noise_adpt_rat: float = option(1.03, 'adapt: factor of the noise per training step', above=1)
-  noise_std_finl: float = option(1e-5, 'tdecy: last standard deviation of the noise', above=0)
+  noise_std_finl: float = option(0.02, 'tdecy: last standard deviation of the noise', above=0)
 
   def __post_init__(self):
     check_options(self)

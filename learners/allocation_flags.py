@@ -1,0 +1,94 @@
+"""Flags of the searches for what each layer gets."""
+
+import dataclasses
+
+from pocketsize.allocation.allocators import ALLOCATORS
+from pocketsize.errors import UserError
+from pocketsize.options import option, refuse_idle
+from pocketsize.rl.ddpg import DdpgConfig
+
+PREFIX = 'ddpg_'
+
+AgentFlags = dataclasses.make_dataclass(
+  'AgentFlags',
+  [
+    (
+      f'{PREFIX}{field.name}',
+      field.type,
+      dataclasses.field(default=field.default, metadata=field.metadata),
+    )
+    for field in dataclasses.fields(DdpgConfig)
+  ],
+  frozen=True,
+  kw_only=True,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AllocationFlags(AgentFlags):
+  """Flags of every learner that can search for what each layer gets."""
+
+  allocation: str | None = option(
+    None,
+    'what decides what each layer gets: an agent that learns from roll-outs (rl), second '
+    'derivatives of the loss (hawq), measured losses of single layers (sensitivity), Parzen '
+    'estimators (tpe), a Gaussian process (gp); or the same for all (uniform), less for larger '
+    'layers (heuristic)',
+    choices=tuple(ALLOCATORS),
+  )
+  nb_smpls_score: int = option(
+    1000, 'held-out training images by which a choice is scored', lower=1
+  )
+  nb_smpls_score_bn: int = option(
+    256,
+    'training images from which the moving statistics of batch norms are estimated anew for each '
+    'score; 0: they stay',
+    lower=0,
+  )
+  score_by: str = option(
+    'loss',
+    "what a choice is scored by: the loss, which tells apart what the net's metric does not on so "
+    'few images, or the metric',
+    choices=('loss', 'metric'),
+  )
+  nb_smpls_trace: int = option(
+    256, 'hawq: held-out training images for second derivatives of the loss', lower=1
+  )
+  hawq_iterations: int = option(
+    200, 'hawq: random vectors for second derivatives, at most', lower=2
+  )
+  hawq_tolerance: float = option(
+    0.01, 'hawq: relative change of their means at which no more vectors are drawn', above=0
+  )
+
+  def agent(self):
+    """Returns the `DdpgConfig`."""
+    names = [field.name for field in dataclasses.fields(DdpgConfig)]
+    try:
+      return DdpgConfig(**{name: getattr(self, PREFIX + name) for name in names})
+    except UserError as error:
+      raise UserError(str(error).replace('--', f'--{PREFIX}')) from error
+
+
+# All of them, and those that only the allocators that have them read.
+SEARCHED = tuple(field.name for field in dataclasses.fields(AllocationFlags))
+_AGENT = tuple(field.name for field in dataclasses.fields(AgentFlags))
+_TRACES = ('nb_smpls_trace', 'hawq_iterations', 'hawq_tolerance')
+BY_ROLL_OUTS = ('rl', 'tpe', 'gp')
+
+
+def check_allocation(config, roll_outs):
+  """Raises a UserError for flags that the allocator has no use for.
+
+  Args:
+    config: `AllocationFlags` of a search; unset --allocation is the agent.
+    roll_outs: names of the learner's flags about roll-outs.
+  """
+  name = config.allocation or 'rl'
+  if name not in BY_ROLL_OUTS:
+    refuse_idle(config, roll_outs, f'--allocation={" or ".join(BY_ROLL_OUTS)}')
+  if name != 'rl':
+    refuse_idle(config, _AGENT, '--allocation=rl')
+  if name != 'hawq':
+    refuse_idle(config, _TRACES, '--allocation=hawq')
+  config.agent()
