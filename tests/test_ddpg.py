@@ -151,7 +151,7 @@ def test_the_losses_of_the_first_step(terminal, subtracts, reward):
   assert losses.critic == pytest.approx((value - wanted) ** 2 / 2, rel=1e-4)
   # Not quite: the critic has taken its step before the actor's.
   assert losses.actor == pytest.approx(-critic([state, actor(state)]).numpy().item(), abs=0.1)
-  assert losses.noise_std == 1.0
+  assert losses.noise_std == DdpgConfig().noise_std_init
 
 
 def test_weight_decay_is_half_the_squares_of_the_kernels():
