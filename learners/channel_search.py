@@ -35,8 +35,8 @@ class SearchFlags(ChannelConfig, AllocationFlags):
   )
   cp_reward_policy: str = option(
     'accuracy',
-    'what a roll-out is worth: its accuracy, with cp_preserve_ratio at most; or minus its error '
-    'times the logarithm of its FLOPs, whatever they are',
+    'what a roll-out is worth: what score_by says, within the budget; or minus its error times the '
+    'logarithm of its FLOPs, whatever they are',
     choices=('accuracy', 'flops'),
   )
   cp_noise_tolerance: float = option(

@@ -61,16 +61,21 @@ class WeightSparse(Allotting):
     ws_nb_rlouts_min: int = option(50, 'roll-outs before the agent is trained', lower=1)
     ws_reward_type: str = option(
       'single-obj',
-      'what a roll-out is worth: its accuracy, with ws_prune_ratio at least; or accuracy times '
-      'ln(1 + ratio), whatever the ratio',
+      'what a roll-out is worth: what score_by says, with ws_prune_ratio at least; or accuracy '
+      'times ln(1 + ratio), whatever the ratio',
       choices=('single-obj', 'multi-obj'),
     )
     ws_nb_iters_rg: int = option(
-      0, "steps that bring each layer near to the float model's in a roll-out", lower=0
+      0,
+      "steps that bring each layer near to the float model's in a roll-out, shared among the "
+      'workers',
+      lower=0,
     )
-    ws_lrn_rate_rg: float = option(0.03, 'learning rate of Adam for them', above=0)
-    ws_nb_iters_ft: int = option(0, 'training steps of a roll-out', lower=0)
-    ws_lrn_rate_ft: float = option(3e-4, 'learning rate of Adam for them', above=0)
+    ws_lrn_rate_rg: float = option(0.03, 'learning rate of Adam for ws_nb_iters_rg', above=0)
+    ws_nb_iters_ft: int = option(
+      0, 'training steps of a roll-out, shared among the workers', lower=0
+    )
+    ws_lrn_rate_ft: float = option(3e-4, 'learning rate of Adam for ws_nb_iters_ft', above=0)
 
     def __post_init__(self):
       check_options(self)
