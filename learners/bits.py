@@ -14,6 +14,7 @@ from pocketsize.allocation.variants import Variants, quantized
 from pocketsize.errors import UserError
 from pocketsize.graph import Graph
 from pocketsize.latency import LatencyTable
+from pocketsize.quantization.placing import END_BITS
 
 # Of Adam in roll-outs.
 LAYERWISE_RATE = 1e-3
@@ -57,19 +58,23 @@ class BitAllotting(Allotting):
   def variables(self, graph):
     """Returns the `Variable`s of the layers that share the bits.
 
-    Without --<prefix>_quantize_all_layers the first and the last layer have their own bits and are
-    not among them.
+    Without --<prefix>_quantize_all_layers the first and the last layer have bits of their own. They
+    are not in the mean of bits; what is paid for the whole model has them with that one choice.
     """
     paths = list(targets.weighted_layers(graph))
+    choices = dict.fromkeys(paths, range(self.flag('w_bit_min'), self.flag('w_bit_max') + 1))
     if not self.flag('quantize_all_layers'):
-      paths = paths[1:-1]
-    if not paths:
+      choices |= dict.fromkeys(_ends(paths), (max(self.flag('weight_bits'), END_BITS),))
+    if all(len(bits) == 1 for bits in choices.values()):
       raise UserError(
-        'There must be a layer whose bits are searched for: the first and the last have their own '
-        f'without --{self.prefix}_quantize_all_layers. Received: no layers between them.'
+        'There must be layers with several bits to choose from, and the first and the last have '
+        f'bits of their own without --{self.prefix}_quantize_all_layers. Received: --{self.prefix}_'
+        f'w_bit_min={self.flag("w_bit_min")}, --{self.prefix}_w_bit_max={self.flag("w_bit_max")} '
+        f'and the layers {", ".join(paths)}.'
       )
-    bits = range(self.flag('w_bit_min'), self.flag('w_bit_max') + 1)
-    return costs.bit_variables(graph, dict.fromkeys(paths, bits))
+    if self.config.budget == 'mean_bits' and not self.flag('quantize_all_layers'):
+      choices = {path: choices[path] for path in paths[1:-1]}
+    return costs.bit_variables(graph, choices)
 
   def problem(self, graph):
     """Returns the `Problem` of a `Graph`'s layers."""
@@ -84,7 +89,10 @@ class BitAllotting(Allotting):
     return Problem(variables, cost(graph, variables), self.config.budget_value)
 
   def _bit_operations(self, graph, variables):
-    bits = dict.fromkeys(targets.weighted_layers(graph), self.flag('activation_bits'))
+    paths = list(targets.weighted_layers(graph))
+    bits = dict.fromkeys(paths, self.flag('activation_bits'))
+    if not self.flag('quantize_all_layers'):
+      bits |= dict.fromkeys(_ends(paths), max(self.flag('activation_bits'), END_BITS))
     return costs.bit_operations(graph, variables, bits)
 
   def _latency(self, graph, variables):
@@ -133,3 +141,8 @@ class BitAllotting(Allotting):
       self.run.lrn_rate_ft or GLOBAL_RATE,
       '--lrn_rate_ft',
     )
+
+
+def _ends(paths):
+  """Returns the paths of the first and the last layer."""
+  return *paths[:1], *paths[-1:]

@@ -152,6 +152,9 @@ class WeightSparse(Allotting):
       tuning=tuning,
     )
 
+  def epochs(self):
+    return self.helper.epochs()
+
   def compressors(self, graph, steps):
     begin, end = (
       int(steps * share) for share in (self.config.ws_iter_ratio_beg, self.config.ws_iter_ratio_end)

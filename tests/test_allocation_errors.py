@@ -28,7 +28,7 @@ def assert_refused(folder, capfd, arguments, sentence):
     # Budgets.
     (
       [*BITS, '--budget=bytes', '--budget_value=100'],
-      'the cheapest has 15060 bytes of parameters. Received: at most 100.',
+      'the cheapest has 8376 bytes of parameters. Received: at most 100.',
     ),
     (
       [*BITS, '--budget=bit_operations', '--budget_value=1000'],
@@ -53,6 +53,10 @@ def assert_refused(folder, capfd, arguments, sentence):
       [*BITS, '--uql_w_bit_min=5'],
       '--uql_equivalent_bits must lie between --uql_w_bit_min and --uql_w_bit_max. '
       'Received: 4.0, with 5 and 8.',
+    ),
+    (
+      [*BITS, '--uql_w_bit_min=4', '--uql_w_bit_max=4'],
+      'There must be layers with several bits to choose from',
     ),
     ([*CENTRES, '--nuql_equivalent_bits=9'], 'Received: 9.0, with 2 and 8.'),
     ([*CENTRES, '--nuql_w_bit_max=9'], '--nuql_w_bit_max must be one of 1, 2, 3, 4, 5, 6, 7, 8.'),
@@ -173,7 +177,7 @@ def two_layers(helper):
 
 def test_a_net_of_two_layers_has_none_between_them(tmp_path, capfd, monkeypatch):
   monkeypatch.setattr(ModelHelper, 'build', two_layers)
-  sentence = 'have their own without --uql_quantize_all_layers. Received: no layers between them.'
+  sentence = '--uql_w_bit_min=2, --uql_w_bit_max=8 and the layers conv, dense.'
   assert_refused(tmp_path, capfd, BITS, sentence)
   more = ['--uql_quantize_all_layers', '--uql_quant_epochs=1', '--allocation=heuristic']
   assert run(tmp_path / 'work', *BITS, *more) == 0
