@@ -3,6 +3,7 @@
 import keras
 import pytest
 
+from learners import weight_sparse
 from nets.convnet_at_digits import ModelHelper
 from tests.test_learners import run
 
@@ -42,7 +43,6 @@ def assert_refused(folder, capfd, arguments, sentence):
       '--uql_equivalent_bits has no effect without --budget=mean_bits. Received:',
     ),
     ([*BITS, '--budget_value=0'], '--budget_value must be a finite number above 0 (or unset)'),
-    ([*SPARSE, '--ws_prune_ratio=0.995'], 'share of weights kept. Received: at most 0.005.'),
     ([*CHANNEL, '--cp_preserve_ratio=0.01'], 'share of MACs. Received: at most 0.01.'),
     # Bounds.
     (
@@ -195,3 +195,10 @@ def test_a_net_whose_channels_all_stay_whole(tmp_path, capfd, monkeypatch):
   monkeypatch.setattr(ModelHelper, 'build', build)
   sentence = 'convolution read stay whole. Received: none but those of conv0.'
   assert_refused(tmp_path, capfd, CHANNEL, sentence)
+
+
+def test_a_net_whose_ends_are_more_than_what_may_stay(tmp_path, capfd, monkeypatch):
+  """They stay whole, being small, with 784 of 23824 weights."""
+  monkeypatch.setattr(weight_sparse, '_SMALL_ENDS', 0.04)
+  sentence = 'share of weights kept. Received: at most 0.02.'
+  assert_refused(tmp_path, capfd, [*SPARSE, '--ws_prune_ratio=0.98'], sentence)
