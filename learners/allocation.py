@@ -136,11 +136,15 @@ class Allotting(Learner):
         title=f'{self.helper.name}, {name}',
       )
     )
-    cost = problem.cost.of(outcome.levels)
     return {
       'allocation': name,
       'values': problem.values(outcome.levels),
-      'cost': {'name': problem.cost.name, 'value': cost, 'budget': problem.budget},
+      'cost': {
+        'name': problem.cost.name,
+        'value': problem.cost.of(outcome.levels),
+        # JSON has no infinity.
+        'budget': problem.budget if math.isfinite(problem.budget) else None,
+      },
       'rollouts': len(outcome.records),
     }
 

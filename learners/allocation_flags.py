@@ -77,18 +77,19 @@ _TRACES = ('nb_smpls_trace', 'hawq_iterations', 'hawq_tolerance')
 BY_ROLL_OUTS = ('rl', 'tpe', 'gp')
 
 
-def check_allocation(config, roll_outs):
+def check_allocation(config, roll_outs, agent):
   """Raises a UserError for flags that the allocator has no use for.
 
   Args:
     config: `AllocationFlags` of a search; unset --allocation is the agent.
     roll_outs: names of the learner's flags about roll-outs.
+    agent: names of those that the agent alone reads.
   """
   name = config.allocation or 'rl'
   if name not in BY_ROLL_OUTS:
     refuse_idle(config, roll_outs, f'--allocation={" or ".join(BY_ROLL_OUTS)}')
   if name != 'rl':
-    refuse_idle(config, _AGENT, '--allocation=rl')
+    refuse_idle(config, (*_AGENT, *agent), '--allocation=rl')
   if name != 'hawq':
     refuse_idle(config, _TRACES, '--allocation=hawq')
   config.agent()

@@ -56,7 +56,7 @@ class SearchFlags(ChannelConfig, AllocationFlags):
       names = ('cp_preserve_ratio', 'cp_noise_tolerance', *_ROLL_OUTS, *SEARCHED)
       refuse_idle(self, names, '--cp_prune_option=auto')
       return
-    check_allocation(self, _ROLL_OUTS)
+    check_allocation(self, _ROLL_OUTS, ('cp_nb_rlouts_min',))
     refuse_idle(self, ('target_scope', 'cp_uniform_preserve_ratio'), '--cp_prune_option=uniform')
     if self.channel_trunk == 'sampler':
       raise UserError(
@@ -67,7 +67,7 @@ class SearchFlags(ChannelConfig, AllocationFlags):
     if self.cp_reward_policy != 'flops':
       refuse_idle(self, ('cp_noise_tolerance',), '--cp_reward_policy=flops')
     else:
-      refuse_idle(self, ('cp_preserve_ratio',), '--cp_reward_policy=accuracy')
+      refuse_idle(self, ('cp_preserve_ratio', 'score_by'), '--cp_reward_policy=accuracy')
 
 
 class ChannelSearch(ChannelLearner, Allotting):
@@ -101,7 +101,13 @@ class ChannelSearch(ChannelLearner, Allotting):
     )
     highest = 1.0 - 1.5 * math.log10(share + 1.0)
     ratios = np.linspace(0.0, max(highest, 0.0), _RATIOS).tolist()
-    free = [name for name, ratio in self.unit_ratios(channels, found).items() if ratio]
+    whole = self.unit_ratios(channels, found)
+    free = [name for name, ratio in whole.items() if ratio]
+    if not free:
+      raise UserError(
+        'There must be channels whose ratio is searched for: those that the first and the last '
+        f'convolution read stay whole. Received: none but those of {", ".join(whole)}.'
+      )
     return channel_costs.unit_variables(
       channels, found, dict.fromkeys(free, ratios), self.multiple(), self.rounding
     )

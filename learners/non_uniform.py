@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from learners import bits, quantization
+from learners import bit_flags, quantization
 from learners.bits import BitAllotting
 from pocketsize.options import check_options, option
 from pocketsize.quantization import centre_grid, codebook, quantizers
@@ -19,7 +19,7 @@ class NonUniformLearner(BitAllotting):
   compressor = NonUniform
 
   @dataclasses.dataclass(frozen=True, kw_only=True)
-  class Config(bits.flags('nuql', codebook.BITS, 2101), quantization.DeviceFlags):
+  class Config(bit_flags.flags('nuql', codebook.BITS, 2101), quantization.DeviceFlags):
     """Flags of the learner."""
 
     nuql_init_style: str = option('kmeans', 'where the centres begin', choices=STARTS)
@@ -63,7 +63,7 @@ class NonUniformLearner(BitAllotting):
       check_options(self)
       quantization.check_buckets(self, 'nuql')
       quantization.check_device(self, 'nuql')
-      bits.check(self, 'nuql')
+      bit_flags.check(self, 'nuql')
 
     def quantization(self):
       """Returns the `NonUniformConfig` of a layer."""

@@ -123,12 +123,11 @@ class Phases:
 
   def _calibrate(self, model):
     if not self._checkpoints('compressed').latest:
-      self.calibrate(model)
+      self.calibrate(model, self.training_batches())
 
-  def calibrate(self, model):
-    """Sets the ranges of an `Instrumented` model from this worker's first training batches."""
-    batches = self.training_batches().take(CALIBRATION_BATCHES)
-    calibration.calibrate(model, (x for x, _ in batches))
+  def calibrate(self, model, batches):
+    """Sets the ranges of an `Instrumented` model from the first (x, y) of training batches."""
+    calibration.calibrate(model, (x for x, _ in batches.take(CALIBRATION_BATCHES)))
 
   def _re_estimate_batch_norm(self, model):
     if self.run.nb_batches_bn:

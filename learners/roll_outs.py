@@ -46,7 +46,8 @@ class Tuning(NamedTuple):
     """
     stack = Stack(self.compressors(values))
     student = configure.attach(copied(model), stack)
-    learner.calibrate(student)
+    # Of batches that are the same on all workers: a score does not depend on who computes it.
+    learner.calibrate(student, learner.own_batches(0))
     stack.update(0)
     if self.layerwise_steps:
       layers = Distillation(

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from learners import bits, quantization
+from learners import bit_flags, quantization
 from learners.bits import BitAllotting
 from pocketsize.errors import UserError
 from pocketsize.options import check_options, option
@@ -25,7 +25,7 @@ class UniformLearner(BitAllotting):
   compressor = Uniform
 
   @dataclasses.dataclass(frozen=True, kw_only=True)
-  class Config(bits.flags('uql', BITS, 2000), quantization.DeviceFlags):
+  class Config(bit_flags.flags('uql', BITS, 2000), quantization.DeviceFlags):
     """Flags of the learner."""
 
     uql_weight_bits: int = option(
@@ -80,9 +80,13 @@ class UniformLearner(BitAllotting):
       check_options(self)
       quantization.check_buckets(self, 'uql')
       quantization.check_device(self, 'uql')
-      bits.check(self, 'uql')
+      bit_flags.check(self, 'uql')
 
-      float_weights = self.uql_weight_bits == FLOAT_BITS and self.uql_weight_bits_list is None
+      float_weights = (
+        self.uql_weight_bits == FLOAT_BITS
+        and self.uql_weight_bits_list is None
+        and not self.searches
+      )
       for name, has_effect, without in (
         ('uql_weight_range', not float_weights, f'--uql_weight_bits={FLOAT_BITS}'),
         ('uql_fold_bn', not float_weights, f'--uql_weight_bits={FLOAT_BITS}'),

@@ -87,7 +87,9 @@ class WeightSparse(Allotting):
       if not self.searches:
         refuse_idle(self, (*_ROLL_OUTS, *SEARCHED), '--ws_prune_ratio_prtl=optimal')
         return
-      check_allocation(self, _ROLL_OUTS)
+      check_allocation(self, _ROLL_OUTS, ('ws_nb_rlouts_min',))
+      if self.ws_reward_type != 'single-obj':
+        refuse_idle(self, ('score_by',), '--ws_reward_type=single-obj')
       if not self.ws_nb_iters_rg:
         refuse_idle(self, ('ws_lrn_rate_rg',), '--ws_nb_iters_rg')
       if not self.ws_nb_iters_ft:
@@ -154,6 +156,9 @@ class WeightSparse(Allotting):
       reward=None if self.config.ws_reward_type == 'single-obj' else _multi_objective,
       tuning=tuning,
     )
+
+  def epochs(self):
+    return self.helper.epochs()
 
   def compressors(self, graph, steps):
     begin, end = (

@@ -15,7 +15,16 @@ FREE = frozenset(
 )
 
 # Once one of them is there, the folder belongs to its configuration.
-RESULTS = ('checkpoints', 'float.keras', 'pruned.keras', 'final.keras', 'report.json')
+RESULTS = (
+  'checkpoints',
+  'float.keras',
+  'search.json',
+  'losses.json',
+  'allocation.json',
+  'pruned.keras',
+  'final.keras',
+  'report.json',
+)
 
 
 _SHOWN = {'workers': '-n', 'net': 'the net'}

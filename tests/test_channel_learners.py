@@ -250,7 +250,6 @@ def test_a_sampler_may_choose_of_the_images(tmp_path, float_file):
 @pytest.mark.parametrize(
   ('arguments', 'sentence'),
   [
-    (['--learner=channel'], 'which is not there yet. Use uniform or list'),
     ([*CHANNEL, '--cp_finetune', '--cp_retrain'], 'not both'),
     ([*CHANNEL, '--cp_uniform_preserve_ratio=0'], '--cp_uniform_preserve_ratio must be'),
     ([*CHANNEL, '--cpr_prune_ratio=0.3'], '--cpr_prune_ratio belongs to --learner=chn-pruned-rmt'),

@@ -52,6 +52,16 @@ LEARNERS = {
     '--cp_list_group=2',
     '--cp_finetune',
   ],
+  # An odd number, so that one worker has nothing to score in the last round.
+  'searched': [
+    '--learner=uniform',
+    '--allocation=rl',
+    '--uql_nb_rlouts=5',
+    '--uql_quantize_all_layers',
+    '--uql_quant_epochs=1',
+    '--uql_enbl_rl_global_tune',
+    '--uql_tune_global_steps=4',
+  ],
 }
 
 
@@ -67,9 +77,23 @@ def test_two_workers_end_with_equal_weights(tmp_path, learner):
     assert one.files == other.files and one.files
     for name in one.files:
       np.testing.assert_array_equal(one[name], other[name])
+    bits = one['bits'].tolist()
   config = json.loads((tmp_path / 'work' / 'config.json').read_text())
   assert config['enbl_multi_gpu'] is True
   assert (tmp_path / 'work' / 'report.json').exists()
+  if learner == 'searched':
+    _assert_searched(tmp_path / 'work', bits)
+
+
+def _assert_searched(folder, bits):
+  """All roll-outs are there, each once, and what was found is what both workers trained with."""
+  search, allocation = (
+    json.loads((folder / name).read_text()) for name in ('search.json', 'allocation.json')
+  )
+  assert search['workers'] == 2 and [each['number'] for each in search['records']] == [*range(5)]
+  assert all(record['score']['loss'] > 0 for record in search['records'])
+  assert search['best']['values'] == allocation['values']
+  assert list(allocation['values'].values()) == bits
 
 
 @needs_horovod

@@ -312,7 +312,6 @@ def test_evaluation_reproduces_the_report_and_writes_nothing(tmp_path, capfd):
     (['--uql_weight_bits=many', '--learner=uniform'], 'uql_weight_bits'),
     (['--uql_wieght_bits=8', '--learner=uniform'], 'uql_wieght_bits'),
     (['--ws_prune_ratio=1.0', *SPARSE], '--ws_prune_ratio must be'),
-    (['--learner=weight-sparse'], 'Use uniform or heurist'),
     (
       ['--learner=full-prec', '--uql_weight_bits=4'],
       '--uql_weight_bits belongs to --learner=uniform',

@@ -13,4 +13,5 @@ learner = main.make_learner(ModelHelper, ['learning', *sys.argv[2:], '--enbl_mul
 trained, kept = learner._compressed_model, []
 learner._compressed_model = lambda float_model: kept.append(trained(float_model)) or kept[0]
 learner.execute()
-np.savez(folder / f'rank{learner.runtime.rank}.npz', *kept[0].get_weights())
+bits = [getattr(placement.transform, 'bits', 0) for placement in kept[0].placements]
+np.savez(folder / f'rank{learner.runtime.rank}.npz', *kept[0].get_weights(), bits=bits)

@@ -1,0 +1,511 @@
+"""Learners that search for what each layer gets, on the digits: the search as a phase of a run."""
+
+import contextlib
+import json
+import signal
+
+import keras
+import numpy as np
+import pytest
+
+from learners import allocation, main
+from learners import bits as bits_module
+from learners.channels import ChannelLearner
+from learners.phases import Phases
+from learners.roll_outs import Tuning
+from nets.convnet_at_digits import ModelHelper
+from pocketsize.allocation import allocators
+from pocketsize.allocation.scoring import Scorer
+from pocketsize.latency import LatencyTable
+from tests.test_learners import Killed, assert_same_bits, kill_at, run, weights
+
+__all__ = ['kill_at']  # the fixture
+
+UNIFORM = ['--learner=uniform', '--uql_quant_epochs=1', '--uql_quantize_all_layers']
+EIGHT_BITS = '--uql_activation_bits=8'
+SIZES = {'conv0': 144, 'conv1': 4608, 'conv2': 18432, 'dense': 640}
+# Few roll-outs, and few vectors for second derivatives.
+BITS_BY = {
+  'rl': ['--allocation=rl', '--uql_nb_rlouts=6', '--ddpg_batch_size=8'],
+  'tpe': ['--allocation=tpe', '--uql_nb_rlouts=6'],
+  'gp': ['--allocation=gp', '--uql_nb_rlouts=6'],
+  'hawq': ['--allocation=hawq', '--hawq_iterations=4', '--nb_smpls_trace=64'],
+  'sensitivity': ['--allocation=sensitivity'],
+  'uniform': ['--allocation=uniform'],
+  'heuristic': ['--allocation=heuristic'],
+}
+TUNED = [
+  '--uql_enbl_rl_agent',
+  '--uql_nb_rlouts=4',
+  '--uql_enbl_rl_layerwise_tune',
+  '--uql_tune_layerwise_steps=2',
+  '--uql_enbl_rl_global_tune',
+  '--uql_tune_global_steps=2',
+]
+SPARSE = ['--learner=weight-sparse', '--ws_nb_rlouts=6', '--ws_mask_update_step=3']
+CHANNEL = ['--learner=channel', '--cp_nb_rlouts=6', '--cp_nb_batches=1']
+SEARCHES = {
+  'rl': [*UNIFORM, *BITS_BY['rl']],
+  'sensitivity': [*UNIFORM, *BITS_BY['sensitivity']],
+  'tuned': [*UNIFORM, EIGHT_BITS, *TUNED],
+  'sparse': SPARSE,
+  'channel': CHANNEL,
+}
+
+
+@pytest.fixture(scope='module')
+def float_file(tmp_path_factory):
+  """A float model, so that runs need not train one."""
+  folder = tmp_path_factory.mktemp('float')
+  assert run(folder, '--learner=full-prec', '--nb_epochs_rat=0.1') == 0
+  return folder / 'float.keras'
+
+
+@pytest.fixture(scope='module')
+def undisturbed(tmp_path_factory, float_file):
+  """Returns the folder of a run that nothing stopped, by its arguments."""
+  kept = {}
+
+  def get(*arguments):
+    if arguments not in kept:
+      folder = tmp_path_factory.mktemp('undisturbed')
+      assert run(folder, *arguments, f'--pretrained={float_file}') == 0
+      kept[arguments] = folder
+    return kept[arguments]
+
+  return get
+
+
+@pytest.fixture
+def interrupt_score(monkeypatch):
+  """Makes a signal come in place of a score, of the model of a search or of a tuned one."""
+
+  @contextlib.contextmanager
+  def arrange(number):
+    done = []
+
+    def dying(score):
+      def scored(*arguments):
+        if len(done) == number:
+          raise main.Interrupted(signal.SIGTERM)
+        done.append(None)
+        return score(*arguments)
+
+      return scored
+
+    with monkeypatch.context() as patch:
+      patch.setattr(Scorer, 'score', dying(Scorer.score))
+      patch.setattr(Tuning, 'score', dying(Tuning.score))
+      yield
+
+  return arrange
+
+
+@pytest.fixture
+def no_search(monkeypatch):
+  monkeypatch.setattr(allocators, 'allocate', lambda *arguments: pytest.fail('searched again'))
+
+
+def read(folder, name):
+  return json.loads((folder / name).read_text())
+
+
+def values_of(folder):
+  return read(folder, 'allocation.json')['values']
+
+
+def records_of(folder):
+  """Returns the roll-outs of search.json without their seconds."""
+  return [record | {'seconds': 0} for record in read(folder, 'search.json')['records']]
+
+
+def mean_bits(values):
+  total = sum(SIZES[path] for path in values)
+  return sum(SIZES[path] * bits for path, bits in values.items()) / total
+
+
+def assert_bits(folder, values):
+  """The bits that were found are those of the plan and of the report."""
+  planned = {
+    place['path']: place['config']['bits']
+    for place in read(folder, 'plan.json')['placements']
+    if place['point'] == 'kernel'
+  }
+  reported = {
+    entry['name']: entry['weight_bits']
+    for entry in read(folder, 'report.json')['layers']
+    if entry['name'] in SIZES
+  }
+  assert planned == reported
+  assert {path: planned[path] for path in values} == values
+  assert set(planned.values()) - set(values.values()) <= {8}
+
+
+def assert_pictured(folder):
+  assert (folder / 'search.png').read_bytes().startswith(b'\x89PNG')
+
+
+@pytest.mark.parametrize('name', BITS_BY)
+def test_bits_are_searched_for_and_trained_with(undisturbed, name):
+  folder = undisturbed(*UNIFORM, *BITS_BY[name], '--uql_equivalent_bits=3.5')
+  found = read(folder, 'allocation.json')
+  values = found['values']
+  assert list(values) == list(SIZES) and set(values.values()) <= set(range(2, 9))
+  assert_bits(folder, values)
+  assert found['allocation'] == name
+  assert found['rollouts'] == (6 if name in ('rl', 'tpe', 'gp') else 1)
+  assert found['cost']['budget'] == 3.5
+  assert found['cost']['value'] == pytest.approx(mean_bits(values)) and mean_bits(values) <= 3.5
+  assert_pictured(folder)
+  if name in ('rl', 'tpe', 'gp'):
+    content = read(folder, 'search.json')
+    assert content['about'] == {'allocation': name, 'seed': 0}
+    assert content['best']['values'] == values and len(content['records']) == 6
+    scores = [record['score'] for record in content['records']]
+    assert all(set(score) == {'accuracy', 'loss'} for score in scores)
+    assert [record['reward'] for record in content['records']] == [
+      -score['loss'] for score in scores
+    ]
+  assert (folder / 'search.json').exists() == (name in ('rl', 'tpe', 'gp'))
+  assert (folder / 'losses.json').exists() == (name == 'sensitivity')
+  assert 'allocation' in read(folder, 'report.json')['seconds']
+
+
+def test_the_direct_allocations_are_what_they_say(undisturbed):
+  uniform, heuristic = (
+    values_of(undisturbed(*UNIFORM, *BITS_BY[name], '--uql_equivalent_bits=3.5'))
+    for name in ('uniform', 'heuristic')
+  )
+  assert set(uniform.values()) == {3}
+  assert heuristic['conv0'] > heuristic['conv1'] >= heuristic['conv2']
+
+
+def test_first_and_last_layer_have_8_bits_of_their_own(tmp_path, float_file):
+  arguments = ['--learner=uniform', '--uql_quant_epochs=1', '--allocation=heuristic']
+  assert run(tmp_path, *arguments, f'--pretrained={float_file}') == 0
+  values = values_of(tmp_path)
+  assert list(values) == ['conv1', 'conv2']
+  assert_bits(tmp_path, values)
+  layers = {entry['name']: entry for entry in read(tmp_path, 'report.json')['layers']}
+  assert layers['conv0']['weight_bits'] == layers['dense']['weight_bits'] == 8
+
+
+def test_what_was_found_is_as_good_as_a_list_of_the_users(tmp_path, undisturbed, float_file):
+  """So it begins from the float weights, though models were tuned for the search."""
+  folder = undisturbed(*SEARCHES['tuned'])
+  listed = ','.join(str(values_of(folder)[path]) for path in SIZES)
+  arguments = [*UNIFORM, EIGHT_BITS, f'--uql_weight_bits_list={listed}']
+  assert run(tmp_path, *arguments, f'--pretrained={float_file}') == 0
+  assert_same_bits(weights(folder), weights(tmp_path))
+
+
+@pytest.mark.parametrize('name', SEARCHES)
+def test_the_final_model_begins_from_the_float_weights(
+  tmp_path, float_file, undisturbed, monkeypatch, name
+):
+  """PocketFlow's defect #258: it went on from the weights of the last roll-out."""
+  folder = undisturbed(*SEARCHES[name])
+  expected = keras.models.load_model(float_file, compile=False).get_weights()
+  started = []
+  fit, course = Phases._fit, ChannelLearner.course
+
+  def fitted(self, phase, model, *arguments, **options):
+    if phase == 'compressed' and name != 'channel':
+      started.append(model.source.get_weights())
+    fit(self, phase, model, *arguments, **options)
+
+  def pruned(self, model, *arguments):
+    started.append(model.get_weights())
+    return course(self, model, *arguments)
+
+  monkeypatch.setattr(Phases, '_fit', fitted)
+  monkeypatch.setattr(ChannelLearner, 'course', pruned)
+  arguments = [*SEARCHES[name], f'--pretrained={float_file}']
+  assert run(tmp_path, *arguments) == 0
+  (found,) = started
+  assert_same_bits(found, expected)
+  # All of it again, in another folder, to the last bit.
+  assert values_of(tmp_path) == values_of(folder)
+  assert_same_bits(weights(tmp_path), weights(folder))
+
+
+@pytest.mark.parametrize('name', SEARCHES)
+def test_a_search_that_was_stopped_goes_on_and_ends_the_same(
+  tmp_path, interrupt_score, undisturbed, float_file, capfd, name
+):
+  arguments = [*SEARCHES[name], f'--pretrained={float_file}']
+  # The first score is that of the float model.
+  with interrupt_score(4):
+    assert run(tmp_path, *arguments) == 128 + signal.SIGTERM
+  assert 'Traceback' not in capfd.readouterr().err
+  assert not (tmp_path / 'allocation.json').exists()
+  partial = read(tmp_path, 'losses.json' if name == 'sensitivity' else 'search.json')
+  assert len(partial.get('records', partial.get('losses'))) == 3
+  assert run(tmp_path, *arguments) == 0
+  whole = undisturbed(*SEARCHES[name])
+  assert read(tmp_path, 'allocation.json') == read(whole, 'allocation.json')
+  if name != 'sensitivity':
+    assert records_of(tmp_path) == records_of(whole)
+  assert_same_bits(weights(tmp_path), weights(whole))
+
+
+def test_a_finished_search_is_not_repeated(tmp_path, kill_at, undisturbed, float_file, monkeypatch):
+  arguments = [*SEARCHES['rl'], f'--pretrained={float_file}']
+  revive = kill_at('compressed', 8)
+  with pytest.raises(Killed):
+    run(tmp_path, *arguments)
+  revive()
+  monkeypatch.setattr(allocators, 'allocate', lambda *arguments: pytest.fail('searched again'))
+  assert run(tmp_path, *arguments) == 0
+  assert_same_bits(weights(tmp_path), weights(undisturbed(*SEARCHES['rl'])))
+
+
+def test_evaluation_never_searches(undisturbed, no_search, capfd):
+  folder = undisturbed(*SEARCHES['rl'])
+  before = {path: path.read_bytes() for path in folder.glob('*.json')}
+  assert run(folder, *SEARCHES['rl'], '--exec_mode=eval') == 2
+  assert '--pretrained is' in capfd.readouterr().err
+  pretrained = before[folder / 'config.json']
+  source = json.loads(pretrained)['pretrained']
+  (folder / 'allocation.json').rename(folder / 'hidden')
+  assert run(folder, *SEARCHES['rl'], f'--pretrained={source}', '--exec_mode=eval') == 0
+  (folder / 'hidden').rename(folder / 'allocation.json')
+  assert before == {path: path.read_bytes() for path in folder.glob('*.json')}
+
+
+def test_other_flags_in_the_middle_of_a_search_are_refused(
+  tmp_path, interrupt_score, float_file, capfd
+):
+  arguments = [*SEARCHES['rl'], f'--pretrained={float_file}']
+  with interrupt_score(3):
+    assert run(tmp_path, *arguments) == 128 + signal.SIGTERM
+  # Whatever else is gone, the roll-outs belong to their flags.
+  (tmp_path / 'float.keras').unlink()
+  before = (tmp_path / 'search.json').read_bytes()
+  capfd.readouterr()
+  assert run(tmp_path, *arguments, '--uql_equivalent_bits=3') == 2
+  said = capfd.readouterr().err
+  assert '--uql_equivalent_bits is 4.0 there and 3.0 here' in said and 'Traceback' not in said
+  assert (tmp_path / 'search.json').read_bytes() == before
+
+
+def test_a_damaged_allocation_is_one_sentence(tmp_path, float_file, capfd):
+  (tmp_path / 'allocation.json').write_text('{')
+  assert run(tmp_path, *SEARCHES['rl'], f'--pretrained={float_file}') == 2
+  said = capfd.readouterr().err
+  assert 'allocation.json is damaged' in said and len(said.strip().splitlines()) == 1
+
+
+def test_centres_by_the_agent(tmp_path, float_file):
+  arguments = ['--learner=non-uniform', '--nuql_enbl_rl_agent', '--nuql_nb_rlouts=5']
+  arguments += ['--nuql_equivalent_bits=3', '--nuql_w_bit_max=5', '--nuql_quant_epochs=1']
+  assert run(tmp_path, *arguments, f'--pretrained={float_file}') == 0
+  values = values_of(tmp_path)
+  assert list(values) == ['conv1', 'conv2'] and set(values.values()) <= {2, 3, 4, 5}
+  assert mean_bits(values) <= 3
+  assert_bits(tmp_path, values)
+  assert read(tmp_path, 'allocation.json')['rollouts'] == 5
+  assert_pictured(tmp_path)
+  final = keras.models.load_model(tmp_path / 'final.keras', compile=False)
+  for path, bits in values.items():
+    assert len(np.unique(np.array(final.get_layer(path).kernel))) <= 2**bits * 64
+
+
+MACS = {'conv0': 9216, 'conv1': 73728, 'conv2': 73728, 'dense': 640}
+
+
+@pytest.mark.parametrize('budget', ['bytes', 'bit_operations'])
+def test_a_budget_of_the_whole_model(tmp_path, float_file, budget):
+  """The first and the last layer count with 8 bits, and read 8 bits too."""
+  # Biases and batch norms, of four numbers a channel, are float.
+  floats = 4 * (10 + 4 * (16 + 32 + 64))
+  if budget == 'bytes':
+    value = floats + SIZES['conv0'] + SIZES['dense'] + 3.2 * (4608 + 18432) / 8
+  else:
+    value = (MACS['conv0'] + MACS['dense']) * 64 + 3.2 * 2 * MACS['conv1'] * 4
+  arguments = ['--learner=uniform', '--uql_quant_epochs=1', '--uql_activation_bits=4']
+  arguments += ['--allocation=heuristic', f'--budget={budget}', f'--budget_value={value}']
+  assert run(tmp_path, *arguments, f'--pretrained={float_file}') == 0
+  values, cost = values_of(tmp_path), read(tmp_path, 'allocation.json')['cost']
+  assert_bits(tmp_path, values)
+  assert values['conv0'] == values['dense'] == 8 and values['conv1'] + values['conv2'] > 4
+  if budget == 'bytes':
+    spent = floats + sum(SIZES[path] * bits for path, bits in values.items()) / 8
+  else:
+    reads = {'conv0': 8, 'conv1': 4, 'conv2': 4, 'dense': 8}
+    spent = sum(MACS[path] * bits * reads[path] for path, bits in values.items())
+  assert cost['value'] == pytest.approx(spent) and spent <= value == cost['budget']
+
+
+TIMED = [
+  *UNIFORM,
+  EIGHT_BITS,
+  '--allocation=heuristic',
+  '--uql_w_bit_min=8',
+  '--uql_w_bit_max=9',
+  '--budget=latency',
+]
+
+
+@pytest.fixture
+def timer(monkeypatch):
+  """Layers take 1 ms in integers, in float 2; returns the list of what was timed."""
+  timed = []
+
+  def table(format, path=None, is_complete=False):
+    def timer(layer, shape):
+      timed.append((format, type(layer).__name__))
+      return 1.0 if 'int8' in format else 2.0
+
+    return LatencyTable(format, path, timer=timer, is_complete=is_complete)
+
+  monkeypatch.setattr(bits_module, 'LatencyTable', table)
+  return timed
+
+
+def test_a_budget_of_milliseconds(tmp_path, float_file, timer, capfd):
+  """Four layers: 5 ms are enough for one of 9 bits, which computes in float."""
+  arguments = ['--budget_value=5', '--budget_format=tflite']
+  one = tmp_path / 'one'
+  assert run(one, *TIMED, *arguments, f'--pretrained={float_file}') == 0
+  assert len(timer) == 8 and {format for format, _ in timer} == {'tflite', 'tflite_int8'}
+  values = values_of(one)
+  assert sorted(values.values()) == [8, 8, 8, 9] and values['conv0'] == 9
+  assert read(one, 'allocation.json')['cost'] == {'name': 'ms of layers', 'value': 5, 'budget': 5}
+  tables = {path: read(one, path.name) for path in one.glob('latency_*.json')}
+  assert len(tables) == 2
+  # Given to another run, they are read and no layer is timed.
+  timer.clear()
+  arguments += [f'--budget_tables={one}', '--budget_value=4.5', f'--pretrained={float_file}']
+  assert run(tmp_path / 'two', *TIMED, *arguments) == 0
+  assert timer == [] and set(values_of(tmp_path / 'two').values()) == {8}
+  assert not list((tmp_path / 'two').glob('latency_*'))
+  # Those of another net.
+  for path, content in tables.items():
+    path.write_text(json.dumps(content | {'milliseconds': {}}))
+  capfd.readouterr()
+  assert run(tmp_path / 'three', *TIMED, *arguments) == 2
+  said = capfd.readouterr().err
+  assert "is of another net: it has no layer like 'conv0'" in said
+  assert len(said.strip().splitlines()) == 1 and not (tmp_path / 'three').exists()
+
+
+def test_a_budget_of_milliseconds_that_no_choice_meets(tmp_path, float_file, timer, capfd):
+  """Known once the layers were timed; what was done till then is kept."""
+  arguments = [*TIMED, '--budget_value=3', f'--pretrained={float_file}']
+  assert run(tmp_path, *arguments) == 2
+  said = capfd.readouterr().err
+  assert 'the cheapest has 4 ms of layers. Received: at most 3.' in said
+  assert len(said.strip().splitlines()) == 1
+  assert not (tmp_path / 'allocation.json').exists()
+
+
+def test_a_choice_may_be_scored_by_the_metric_and_by_more_images_than_there_are(
+  tmp_path, float_file, monkeypatch
+):
+  seen = []
+  held_out = allocation.Allotting.held_out
+
+  def looking(self, samples, batch):
+    found = held_out(self, samples, batch)
+    seen.append((samples, sum(len(y) for _, y in found), {len(x) for x, _ in found}))
+    return found
+
+  monkeypatch.setattr(allocation.Allotting, 'held_out', looking)
+  arguments = ['--score_by=metric', '--nb_smpls_score_bn=0', '--nb_smpls_score=100000']
+  more = ['--nb_smpls_val=300', *BITS_BY['hawq'], '--nb_smpls_trace=70']
+  assert run(tmp_path, *UNIFORM, *arguments, *more, f'--pretrained={float_file}') == 0
+  assert seen == [(100000, 300, {250, 50}), (70, 70, {32, 6})]
+
+
+def held_out(*arguments):
+  learner = main.make_learner(ModelHelper, ['run.py', *SEARCHES['rl'], *arguments])
+  return lambda samples, batch: learner.held_out(samples, batch), learner.dataset
+
+
+def test_held_out_images_are_spread_and_none_of_those_that_are_for_the_result():
+  images, dataset = held_out()
+  whole = np.concatenate([x for x, _ in dataset.load('val', batch=60).as_numpy_iterator()])
+  np.testing.assert_array_equal(np.concatenate([x for x, _ in images(60, 25)]), whole[::3][:60])
+  np.testing.assert_array_equal(np.concatenate([x for x, _ in images(999, 25)]), whole)
+  images, dataset = held_out('--eval_split=val')
+  fitted = np.concatenate([x for x, _ in dataset.load('fit', batch=60).as_numpy_iterator()])
+  np.testing.assert_array_equal(np.concatenate([x for x, _ in images(9999, 100)]), fitted)
+
+
+def test_weights_are_dropped_where_they_are_worth_least(undisturbed):
+  """The default of weight-sparse."""
+  folder = undisturbed(*SPARSE)
+  found, values = read(folder, 'allocation.json'), values_of(folder)
+  assert found['allocation'] == 'rl' and found['rollouts'] == 6 and list(values) == list(SIZES)
+  # PocketFlow's bounds for 0.75 of all: 0.25 to 1 - 0.25 / 3.
+  assert all(0.25 <= ratio <= 1 - 0.25 / 3 + 1e-9 for ratio in values.values())
+  kept = sum(SIZES[path] * (1 - ratio) for path, ratio in values.items()) / sum(SIZES.values())
+  assert kept <= 0.25 + 1e-9 and found['cost']['value'] == pytest.approx(kept)
+  sparsity = {entry['name']: entry['sparsity'] for entry in read(folder, 'report.json')['layers']}
+  for path, ratio in values.items():
+    assert sparsity[path] == pytest.approx(ratio, abs=1 / SIZES[path])
+  assert_pictured(folder)
+
+
+def test_sparse_by_several_objectives_and_tuned_roll_outs(tmp_path, float_file):
+  arguments = ['--ws_reward_type=multi-obj', '--ws_nb_iters_rg=2', '--ws_nb_iters_ft=2']
+  assert run(tmp_path, *SPARSE, *arguments, f'--pretrained={float_file}') == 0
+  content = read(tmp_path, 'search.json')
+  assert content['problem']['budget'] is None and len(content['records']) == 6
+  for record in content['records']:
+    expected = record['score']['accuracy'] * np.log(2 - record['cost'])
+    assert record['reward'] == pytest.approx(expected)
+  assert read(tmp_path, 'allocation.json')['cost']['budget'] is None
+
+
+def planned_channels(folder):
+  return {entry['name']: entry['kept'] for entry in read(folder, 'channels.json')}
+
+
+def test_channels_are_searched_for_under_a_share_of_macs(undisturbed):
+  folder = undisturbed(*CHANNEL)
+  values, counts = values_of(folder), planned_channels(folder)
+  # What the first convolution and the last one read stays whole.
+  assert list(values) == ['conv0', 'conv2'] and counts['conv1'] == 32
+  for path, size in (('conv0', 16), ('conv2', 64)):
+    assert counts[path] == max(1, round(size * (1 - values[path])))
+    assert 0 <= values[path] <= 1 - 1.5 * np.log10(1.5) + 1e-9
+  model = keras.models.load_model(folder / 'final.keras', compile=False)
+  assert {path: model.get_layer(path).filters for path in counts} == counts
+  macs = read(folder, 'report.json')
+  share = macs['compressed']['macs'] / macs['float']['macs']
+  assert read(folder, 'allocation.json')['cost']['value'] == pytest.approx(share)
+  assert len(read(folder, 'search.json')['records']) == 6
+  assert_pictured(folder)
+
+
+def test_channels_by_accuracy_against_flops(tmp_path, float_file):
+  arguments = ['--cp_reward_policy=flops', '--cp_noise_tolerance=0.5', '--allocation=tpe']
+  assert run(tmp_path, *CHANNEL, *arguments, f'--pretrained={float_file}') == 0
+  content = read(tmp_path, 'search.json')
+  assert content['problem']['budget'] is None
+  flops = 2 * read(tmp_path, 'report.json')['float']['macs']
+  for record in content['records']:
+    error = max(0.5, 1 - record['score']['accuracy'])
+    assert record['reward'] == pytest.approx(-error * np.log(flops * record['cost']))
+
+
+def test_channels_under_a_share_of_the_latency(tmp_path, float_file, monkeypatch):
+  """Layers take as many ms as they have outputs: 16 + 32 + 64 + 10."""
+
+  def timer(layer, shape):
+    return float(getattr(layer, 'filters', None) or layer.units)
+
+  monkeypatch.setattr(
+    'learners.channel_search.LatencyTable',
+    lambda format, path: LatencyTable(format, path, timer=timer),
+  )
+  arguments = ['--target=latency', '--target_share=0.7', '--allocation=hawq', '--hawq_iterations=2']
+  learner = ['--learner=channel', '--cp_nb_batches=1']
+  assert run(tmp_path, *learner, *arguments, f'--pretrained={float_file}') == 0
+  counts, cost = planned_channels(tmp_path), read(tmp_path, 'allocation.json')['cost']
+  assert cost['budget'] == pytest.approx(0.7 * 122)
+  assert counts['conv0'] + 32 + counts['conv2'] + 10 == pytest.approx(cost['value'])
+  assert cost['value'] <= cost['budget']
+  assert (tmp_path / 'latency_openvino.json').exists()
