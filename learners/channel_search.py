@@ -149,6 +149,8 @@ class ChannelSearch(ChannelLearner, Allotting):
       layers=[tuple(unit.readers) for unit in units],
       value='share of the channels that is dropped',
       reward=self._reward(2 * cost.macs(channels.graph)),
+      # Where nothing bounds the cost, half of every group is where PocketFlow's agent begins.
+      middle=None if problem.budget < math.inf else 1.0 - self.config.cp_preserve_ratio,
     )
 
   def _reward(self, flops):

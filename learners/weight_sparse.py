@@ -90,6 +90,8 @@ class WeightSparse(Allotting):
       check_allocation(self, _ROLL_OUTS, ('ws_nb_rlouts_min',))
       if self.ws_reward_type != 'single-obj':
         refuse_idle(self, ('score_by',), '--ws_reward_type=single-obj')
+      if self.ws_reward_type == 'multi-obj':
+        refuse_idle(self, ('score_by',), '--ws_reward_type=single-obj')
       if not self.ws_nb_iters_rg:
         refuse_idle(self, ('ws_lrn_rate_rg',), '--ws_nb_iters_rg')
       if not self.ws_nb_iters_ft:
@@ -153,7 +155,8 @@ class WeightSparse(Allotting):
       False,
       layers=[(variable.name,) for variable in problem.variables],
       value='share of the weights that is dropped',
-      reward=None if self.config.ws_reward_type == 'single-obj' else _multi_objective,
+      reward=_multi_objective if self.config.ws_reward_type == 'multi-obj' else None,
+      middle=self.config.ws_prune_ratio if self.config.ws_reward_type == 'multi-obj' else None,
       tuning=tuning,
     )
 
