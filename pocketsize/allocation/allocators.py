@@ -36,13 +36,13 @@ class Ground:
     score: levels -> {name: number}, what a roll-out is worth.
     reward: (score, cost) -> number to be maximised.
     rollouts: how many.   rollouts_min: so many come before an agent is trained.
-    middle: [variables] levels within the budget with which searches begin, and around which an
-      agent does; None for the uniform choice.
     random_order: an agent visits the variables in another order in each roll-out.
     agent: `DdpgConfig`.
     seed: of all that is random.
     folder: for search.json and losses.json, a path.
     about: what `search` takes by that name.
+    middle: [variables] levels within the budget with which searches begin, and around which an
+      agent does; None for the uniform choice.
     workers: {'rank', 'size', 'total'} as for `search`; {} for one.
     broadcast: object -> rank 0's.
     track: `track(done, best)` after each round of roll-outs; see `search`.
@@ -58,12 +58,12 @@ class Ground:
   reward: Callable
   rollouts: int
   rollouts_min: int
-  middle: Any
   random_order: bool
   agent: Any
   seed: int
   folder: pathlib.Path
   about: dict
+  middle: Any = None
   workers: dict = dataclasses.field(default_factory=dict)
   broadcast: Callable = lambda value: value
   track: Callable = lambda done, best: None
