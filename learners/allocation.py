@@ -38,6 +38,8 @@ class Task(NamedTuple):
     layers: [variables] tuples of the paths of each one's layers.
     value: what the values are, with their unit.
     reward: (figure that nets are judged by, cost) -> number; None for what --score_by says.
+    middle: value of all variables with which a search begins; None for the dearest that meets the
+      budget.
     tuning: `Tuning` of a model in a roll-out, or None.
   """
 
@@ -49,6 +51,7 @@ class Task(NamedTuple):
   layers: list
   value: str
   reward: Callable | None = None
+  middle: float | None = None
   tuning: object = None
 
 
@@ -115,6 +118,7 @@ class Allotting(Learner):
         reward=reward,
         rollouts=task.rollouts,
         rollouts_min=task.rollouts_min,
+        middle=None if task.middle is None else problem.nearest(task.middle),
         random_order=task.random_order,
         agent=self.config.agent(),
         seed=self.run.seed,
@@ -178,9 +182,9 @@ class Allotting(Learner):
     return [*batches, (x[:left], y[:left])]
 
   def own_batches(self, start):
-    """Returns endless training batches that do not depend on which worker this is."""
+    """Returns endless training batches of no held-out image, the same on all workers."""
     return self.dataset.load(
-      self.training_split,
+      'fit',
       batch=self.run.batch_size,
       seed=self.run.seed,
       training=True,

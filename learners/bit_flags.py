@@ -72,13 +72,24 @@ def flags(prefix, bits, tune_global_steps):
     ),
     'enbl_rl_layerwise_tune': (
       bool,
-      option(False, "its layers are brought near to the float model's before that"),
+      option(
+        False,
+        "the layers of a roll-out's model are brought near to the float model's before it is "
+        'trained or scored',
+      ),
     ),
     'tune_global_steps': (
       int,
-      option(tune_global_steps, 'steps of the one, shared among the workers', lower=1),
+      option(
+        tune_global_steps,
+        f'steps of {prefix}_enbl_rl_global_tune, shared among the workers',
+        lower=1,
+      ),
     ),
-    'tune_layerwise_steps': (int, option(100, 'steps of the other', lower=1)),
+    'tune_layerwise_steps': (
+      int,
+      option(100, f'steps of {prefix}_enbl_rl_layerwise_tune', lower=1),
+    ),
   }
   return dataclasses.make_dataclass(
     f'{prefix.title()}BitFlags',

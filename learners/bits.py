@@ -138,8 +138,8 @@ class BitAllotting(Allotting):
       layerwise * self.flag('tune_layerwise_steps'),
       LAYERWISE_RATE,
       globally * math.ceil(self.flag('tune_global_steps') / self.runtime.size),
-      self.run.lrn_rate_ft or GLOBAL_RATE,
-      '--lrn_rate_ft',
+      GLOBAL_RATE,
+      f'or fewer steps, --{self.prefix}_tune_global_steps',
     )
 
 

@@ -35,8 +35,8 @@ class SearchFlags(ChannelConfig, AllocationFlags):
   )
   cp_reward_policy: str = option(
     'accuracy',
-    'what a roll-out is worth: its accuracy, with cp_preserve_ratio at most; or minus its error '
-    'times the logarithm of its FLOPs, whatever they are',
+    'what a roll-out is worth: what score_by says, within the budget; or minus its error times the '
+    'logarithm of its FLOPs, whatever they are',
     choices=('accuracy', 'flops'),
   )
   cp_noise_tolerance: float = option(
@@ -149,6 +149,8 @@ class ChannelSearch(ChannelLearner, Allotting):
       layers=[tuple(unit.readers) for unit in units],
       value='share of the channels that is dropped',
       reward=self._reward(2 * cost.macs(channels.graph)),
+      # Where nothing bounds the cost, half of every group is where PocketFlow's agent begins.
+      middle=None if problem.budget < math.inf else 1.0 - self.config.cp_preserve_ratio,
     )
 
   def _reward(self, flops):

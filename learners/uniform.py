@@ -105,8 +105,9 @@ class UniformLearner(BitAllotting):
         value = getattr(self, name)
         if value != self.__dataclass_fields__[name].default and not has_effect:
           raise UserError(f'--{name} has no effect with {without}. Received: {value}.')
-      if self.uql_fold_bn and self.uql_weight_bits == 1:
-        raise UserError('--uql_fold_bn needs --uql_weight_bits of at least 2. Received: 1.')
+      for name in ('uql_weight_bits', 'uql_w_bit_min'):
+        if self.uql_fold_bn and getattr(self, name) == 1:
+          raise UserError(f'--uql_fold_bn needs --{name} of at least 2. Received: 1.')
       if self.uql_activation_range == 'learned_symmetric' and self.uql_activation_bits == 1:
         raise UserError(
           '--uql_activation_range=learned_symmetric needs --uql_activation_bits of at least 2. '

@@ -61,16 +61,21 @@ class WeightSparse(Allotting):
     ws_nb_rlouts_min: int = option(50, 'roll-outs before the agent is trained', lower=1)
     ws_reward_type: str = option(
       'single-obj',
-      'what a roll-out is worth: its accuracy, with ws_prune_ratio at least; or accuracy times '
-      'ln(1 + ratio), whatever the ratio',
+      'what a roll-out is worth: what score_by says, with ws_prune_ratio at least; or accuracy '
+      'times ln(1 + ratio), whatever the ratio',
       choices=('single-obj', 'multi-obj'),
     )
     ws_nb_iters_rg: int = option(
-      0, "steps that bring each layer near to the float model's in a roll-out", lower=0
+      0,
+      "steps that bring each layer near to the float model's in a roll-out, shared among the "
+      'workers',
+      lower=0,
     )
-    ws_lrn_rate_rg: float = option(0.03, 'learning rate of Adam for them', above=0)
-    ws_nb_iters_ft: int = option(0, 'training steps of a roll-out', lower=0)
-    ws_lrn_rate_ft: float = option(3e-4, 'learning rate of Adam for them', above=0)
+    ws_lrn_rate_rg: float = option(0.03, 'learning rate of Adam for ws_nb_iters_rg', above=0)
+    ws_nb_iters_ft: int = option(
+      0, 'training steps of a roll-out, shared among the workers', lower=0
+    )
+    ws_lrn_rate_ft: float = option(3e-4, 'learning rate of Adam for ws_nb_iters_ft', above=0)
 
     def __post_init__(self):
       check_options(self)
@@ -84,6 +89,8 @@ class WeightSparse(Allotting):
         return
       check_allocation(self, _ROLL_OUTS, ('ws_nb_rlouts_min',))
       if self.ws_reward_type != 'single-obj':
+        refuse_idle(self, ('score_by',), '--ws_reward_type=single-obj')
+      if self.ws_reward_type == 'multi-obj':
         refuse_idle(self, ('score_by',), '--ws_reward_type=single-obj')
       if not self.ws_nb_iters_rg:
         refuse_idle(self, ('ws_lrn_rate_rg',), '--ws_nb_iters_rg')
@@ -148,7 +155,8 @@ class WeightSparse(Allotting):
       False,
       layers=[(variable.name,) for variable in problem.variables],
       value='share of the weights that is dropped',
-      reward=None if self.config.ws_reward_type == 'single-obj' else _multi_objective,
+      reward=_multi_objective if self.config.ws_reward_type == 'multi-obj' else None,
+      middle=self.config.ws_prune_ratio if self.config.ws_reward_type == 'multi-obj' else None,
       tuning=tuning,
     )
 

@@ -36,6 +36,8 @@ class Ground:
     score: levels -> {name: number}, what a roll-out is worth.
     reward: (score, cost) -> number to be maximised.
     rollouts: how many.   rollouts_min: so many come before an agent is trained.
+    middle: [variables] levels within the budget with which searches begin, and around which an
+      agent does; None for the uniform choice.
     random_order: an agent visits the variables in another order in each roll-out.
     agent: `DdpgConfig`.
     seed: of all that is random.
@@ -56,6 +58,7 @@ class Ground:
   reward: Callable
   rollouts: int
   rollouts_min: int
+  middle: Any
   random_order: bool
   agent: Any
   seed: int
@@ -119,7 +122,7 @@ def _agent(ground):
       ground.problem,
       ground.rollouts,
       ground.rollouts_min,
-      direct.uniform(ground.problem),
+      _middle(ground),
       random_order=ground.random_order,
       config=ground.agent,
       seed=ground.seed,
@@ -135,8 +138,12 @@ def _gaussian_process(ground):
   return _searched(ground, lambda: gp(ground.problem, ground.seed))
 
 
+def _middle(ground):
+  return direct.uniform(ground.problem) if ground.middle is None else ground.middle
+
+
 def _searched(ground, make):
-  """Returns the `Outcome` of a search that begins with the uniform choice."""
+  """Returns the `Outcome` of a search by what `make` gives."""
   return search(
     ground.problem,
     make() if ground.workers.get('rank', 0) == 0 else None,
@@ -144,7 +151,7 @@ def _searched(ground, make):
     ground.rollouts,
     path=ground.folder / 'search.json',
     about=ground.about,
-    first=[direct.uniform(ground.problem)],
+    first=[_middle(ground)],
     reward=ground.reward,
     broadcast=ground.broadcast,
     track=ground.track,

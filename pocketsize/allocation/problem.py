@@ -131,6 +131,12 @@ class Problem:
         )
     return np.array([each.choices.index(values[each.name]) for each in self.variables])
 
+  def nearest(self, value):
+    """Returns the levels whose values are nearest to one value, the cheaper of two; any cost."""
+    return np.array(
+      [int(np.argmin(np.abs(np.array(each.choices) - value))) for each in self.variables]
+    )
+
   def highest_allowed(self, levels, place):
     """Returns the highest level of variable `place` that meets the budget, or -1.
 
