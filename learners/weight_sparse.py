@@ -88,8 +88,6 @@ class WeightSparse(Allotting):
         refuse_idle(self, (*_ROLL_OUTS, *SEARCHED), '--ws_prune_ratio_prtl=optimal')
         return
       check_allocation(self, _ROLL_OUTS, ('ws_nb_rlouts_min',))
-      if self.ws_reward_type != 'single-obj':
-        refuse_idle(self, ('score_by',), '--ws_reward_type=single-obj')
       if self.ws_reward_type == 'multi-obj':
         refuse_idle(self, ('score_by',), '--ws_reward_type=single-obj')
       if not self.ws_nb_iters_rg:

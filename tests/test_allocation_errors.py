@@ -63,7 +63,7 @@ def assert_refused(folder, capfd, arguments, sentence):
     ([*BITS, '--uql_nb_rlouts=0'], '--uql_nb_rlouts must be an integer at least 1'),
     (
       [*BITS, '--uql_w_bit_min=1', '--uql_fold_bn'],
-      '`fold_batch_norm` needs `weight_bits` of at least 2. Received: 1.',
+      '--uql_fold_bn needs --uql_w_bit_min of at least 2. Received: 1.',
     ),
     ([*BITS, '--ddpg_gamma=2'], '--ddpg_gamma must be a finite number at least 0 and at most 1'),
     ([*BITS, '--hawq_iterations=1', '--allocation=hawq'], '--hawq_iterations must be an integer'),

@@ -240,7 +240,8 @@ def test_a_search_that_was_stopped_goes_on_and_ends_the_same(
   assert 'Traceback' not in capfd.readouterr().err
   assert not (tmp_path / 'allocation.json').exists()
   partial = read(tmp_path, 'losses.json' if name == 'sensitivity' else 'search.json')
-  assert len(partial.get('records', partial.get('losses'))) == 3
+  # What is proposed again is not scored again.
+  assert 3 <= len(partial.get('records', partial.get('losses'))) < 6
   assert run(tmp_path, *arguments) == 0
   whole = undisturbed(*SEARCHES[name])
   assert read(tmp_path, 'allocation.json') == read(whole, 'allocation.json')

@@ -85,6 +85,7 @@ def ground(problem, folder, seed=0, **changes):
     'reward': lambda found, cost: -found['loss'],
     'rollouts': ROLL_OUTS,
     'rollouts_min': 4,
+    'middle': None,
     'random_order': True,
     'agent': DdpgConfig(batch_size=8),
     'seed': seed,
@@ -173,6 +174,13 @@ def test_a_search_depends_on_its_seed_and_begins_with_the_uniform_choice(allotte
   )
   assert one[0] == other[0] == direct.uniform(bits()).tolist()
   assert one != other
+
+
+@pytest.mark.parametrize('name', ('tpe', 'gp'))
+def test_a_search_begins_where_it_is_told(tmp_path, name):
+  given, scored = ground(bits(), tmp_path, rollouts=2, middle=np.array([4, 0, 3, 0]))
+  allocators.allocate(name, given)
+  assert scored[0] == [4, 0, 3, 0]
 
 
 @each_search
