@@ -8,26 +8,31 @@ import keras
 import numpy as np
 import pytest
 
-from learners import allocation, main
+from learners import main
 from learners import bits as bits_module
 from learners.channels import ChannelLearner
 from learners.phases import Phases
-from learners.roll_outs import Tuning
 from nets.convnet_at_digits import ModelHelper
-from pocketsize.allocation import allocators
-from pocketsize.allocation.scoring import Scorer
+from pocketsize.allocation import allocators, search, sensitivity
 from pocketsize.latency import LatencyTable
 from tests.test_learners import Killed, assert_same_bits, kill_at, run, weights
 
 __all__ = ['kill_at']  # the fixture
 
-UNIFORM = ['--learner=uniform', '--uql_quant_epochs=1', '--uql_quantize_all_layers']
+SHORT = ['--learner=uniform', '--uql_quant_epochs=1']
+UNIFORM = [*SHORT, '--uql_quantize_all_layers']
 EIGHT_BITS = '--uql_activation_bits=8'
 SIZES = {'conv0': 144, 'conv1': 4608, 'conv2': 18432, 'dense': 640}
 # Few roll-outs, and few vectors for second derivatives.
 BITS_BY = {
   'rl': ['--allocation=rl', '--uql_nb_rlouts=6', '--ddpg_batch_size=8'],
-  'tpe': ['--allocation=tpe', '--uql_nb_rlouts=6'],
+  'tpe': [
+    '--allocation=tpe',
+    '--uql_nb_rlouts=6',
+    '--score_by=metric',
+    '--nb_smpls_score=100000',
+    '--nb_smpls_score_bn=0',
+  ],
   'gp': ['--allocation=gp', '--uql_nb_rlouts=6'],
   'hawq': ['--allocation=hawq', '--hawq_iterations=4', '--nb_smpls_trace=64'],
   'sensitivity': ['--allocation=sensitivity'],
@@ -36,7 +41,7 @@ BITS_BY = {
 }
 TUNED = [
   '--uql_enbl_rl_agent',
-  '--uql_nb_rlouts=4',
+  '--uql_nb_rlouts=3',
   '--uql_enbl_rl_layerwise_tune',
   '--uql_tune_layerwise_steps=2',
   '--uql_enbl_rl_global_tune',
@@ -44,9 +49,10 @@ TUNED = [
 ]
 SPARSE = ['--learner=weight-sparse', '--ws_nb_rlouts=6', '--ws_mask_update_step=3']
 CHANNEL = ['--learner=channel', '--cp_nb_rlouts=6', '--cp_nb_batches=1']
+MEAN = '--uql_equivalent_bits=3.5'
 SEARCHES = {
-  'rl': [*UNIFORM, *BITS_BY['rl']],
-  'sensitivity': [*UNIFORM, *BITS_BY['sensitivity']],
+  'rl': [*UNIFORM, *BITS_BY['rl'], MEAN],
+  'sensitivity': [*UNIFORM, *BITS_BY['sensitivity'], MEAN],
   'tuned': [*UNIFORM, EIGHT_BITS, *TUNED],
   'sparse': SPARSE,
   'channel': CHANNEL,
@@ -63,47 +69,63 @@ def float_file(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def undisturbed(tmp_path_factory, float_file):
-  """Returns the folder of a run that nothing stopped, by its arguments."""
+  """Returns the folder of a run that nothing stopped, by its arguments.
+
+  The weights with which its compression began are kept beside it, as begun.npz.
+  """
   kept = {}
+  fit, course = Phases._fit, ChannelLearner.course
 
   def get(*arguments):
-    if arguments not in kept:
-      folder = tmp_path_factory.mktemp('undisturbed')
+    if arguments in kept:
+      return kept[arguments]
+    folder = kept[arguments] = tmp_path_factory.mktemp('undisturbed')
+
+    def fitted(self, phase, model, *rest, **options):
+      if not isinstance(self, ChannelLearner):
+        np.savez(folder / 'begun.npz', *model.source.get_weights())
+      fit(self, phase, model, *rest, **options)
+
+    def pruned(self, model, *rest):
+      np.savez(folder / 'begun.npz', *model.get_weights())
+      return course(self, model, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(Phases, '_fit', fitted)
+      patch.setattr(ChannelLearner, 'course', pruned)
       assert run(folder, *arguments, f'--pretrained={float_file}') == 0
-      kept[arguments] = folder
-    return kept[arguments]
+    return folder
 
   return get
 
 
-@pytest.fixture
-def interrupt_score(monkeypatch):
-  """Makes a signal come in place of a score, of the model of a search or of a tuned one."""
-
-  @contextlib.contextmanager
-  def arrange(number):
-    done = []
-
-    def dying(score):
-      def scored(*arguments):
-        if len(done) == number:
-          raise main.Interrupted(signal.SIGTERM)
-        done.append(None)
-        return score(*arguments)
-
-      return scored
-
-    with monkeypatch.context() as patch:
-      patch.setattr(Scorer, 'score', dying(Scorer.score))
-      patch.setattr(Tuning, 'score', dying(Tuning.score))
-      yield
-
-  return arrange
+@contextlib.contextmanager
+def interrupted(written):
+  """Makes a signal come once so many scores are in the search's file."""
+  with pytest.MonkeyPatch.context() as patch:
+    for module in (search, sensitivity):
+      patch.setattr(module, 'write_json', _dying(module.write_json, written))
+    yield
 
 
-@pytest.fixture
-def no_search(monkeypatch):
-  monkeypatch.setattr(allocators, 'allocate', lambda *arguments: pytest.fail('searched again'))
+def _dying(write_json, written):
+  done = []
+
+  def write(*arguments):
+    write_json(*arguments)
+    done.append(None)
+    if len(done) == written:
+      raise main.Interrupted(signal.SIGTERM)
+
+  return write
+
+
+@contextlib.contextmanager
+def no_search():
+  """Makes a search fail."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(allocators, 'allocate', lambda *arguments: pytest.fail('searched'))
+    yield
 
 
 def read(folder, name):
@@ -147,7 +169,7 @@ def assert_pictured(folder):
 
 @pytest.mark.parametrize('name', BITS_BY)
 def test_bits_are_searched_for_and_trained_with(undisturbed, name):
-  folder = undisturbed(*UNIFORM, *BITS_BY[name], '--uql_equivalent_bits=3.5')
+  folder = undisturbed(*UNIFORM, *BITS_BY[name], MEAN)
   found = read(folder, 'allocation.json')
   values = found['values']
   assert list(values) == list(SIZES) and set(values.values()) <= set(range(2, 9))
@@ -161,11 +183,10 @@ def test_bits_are_searched_for_and_trained_with(undisturbed, name):
     content = read(folder, 'search.json')
     assert content['about'] == {'allocation': name, 'seed': 0}
     assert content['best']['values'] == values and len(content['records']) == 6
-    scores = [record['score'] for record in content['records']]
-    assert all(set(score) == {'accuracy', 'loss'} for score in scores)
-    assert [record['reward'] for record in content['records']] == [
-      -score['loss'] for score in scores
-    ]
+    for record in content['records']:
+      assert set(record['score']) == {'accuracy', 'loss'}
+      expected = record['score']['accuracy'] if name == 'tpe' else -record['score']['loss']
+      assert record['reward'] == expected
   assert (folder / 'search.json').exists() == (name in ('rl', 'tpe', 'gp'))
   assert (folder / 'losses.json').exists() == (name == 'sensitivity')
   assert 'allocation' in read(folder, 'report.json')['seconds']
@@ -173,21 +194,10 @@ def test_bits_are_searched_for_and_trained_with(undisturbed, name):
 
 def test_the_direct_allocations_are_what_they_say(undisturbed):
   uniform, heuristic = (
-    values_of(undisturbed(*UNIFORM, *BITS_BY[name], '--uql_equivalent_bits=3.5'))
-    for name in ('uniform', 'heuristic')
+    values_of(undisturbed(*UNIFORM, *BITS_BY[name], MEAN)) for name in ('uniform', 'heuristic')
   )
   assert set(uniform.values()) == {3}
   assert heuristic['conv0'] > heuristic['conv1'] >= heuristic['conv2']
-
-
-def test_first_and_last_layer_have_8_bits_of_their_own(tmp_path, float_file):
-  arguments = ['--learner=uniform', '--uql_quant_epochs=1', '--allocation=heuristic']
-  assert run(tmp_path, *arguments, f'--pretrained={float_file}') == 0
-  values = values_of(tmp_path)
-  assert list(values) == ['conv1', 'conv2']
-  assert_bits(tmp_path, values)
-  layers = {entry['name']: entry for entry in read(tmp_path, 'report.json')['layers']}
-  assert layers['conv0']['weight_bits'] == layers['dense']['weight_bits'] == 8
 
 
 def test_what_was_found_is_as_good_as_a_list_of_the_users(tmp_path, undisturbed, float_file):
@@ -200,85 +210,41 @@ def test_what_was_found_is_as_good_as_a_list_of_the_users(tmp_path, undisturbed,
 
 
 @pytest.mark.parametrize('name', SEARCHES)
-def test_the_final_model_begins_from_the_float_weights(
-  tmp_path, float_file, undisturbed, monkeypatch, name
-):
+def test_the_final_model_begins_from_the_float_weights(undisturbed, float_file, name):
   """PocketFlow's defect #258: it went on from the weights of the last roll-out."""
-  folder = undisturbed(*SEARCHES[name])
-  expected = keras.models.load_model(float_file, compile=False).get_weights()
-  started = []
-  fit, course = Phases._fit, ChannelLearner.course
-
-  def fitted(self, phase, model, *arguments, **options):
-    if phase == 'compressed' and name != 'channel':
-      started.append(model.source.get_weights())
-    fit(self, phase, model, *arguments, **options)
-
-  def pruned(self, model, *arguments):
-    started.append(model.get_weights())
-    return course(self, model, *arguments)
-
-  monkeypatch.setattr(Phases, '_fit', fitted)
-  monkeypatch.setattr(ChannelLearner, 'course', pruned)
-  arguments = [*SEARCHES[name], f'--pretrained={float_file}']
-  assert run(tmp_path, *arguments) == 0
-  (found,) = started
-  assert_same_bits(found, expected)
-  # All of it again, in another folder, to the last bit.
-  assert values_of(tmp_path) == values_of(folder)
-  assert_same_bits(weights(tmp_path), weights(folder))
+  with np.load(undisturbed(*SEARCHES[name]) / 'begun.npz') as begun:
+    found = [begun[key] for key in begun.files]
+  assert_same_bits(found, keras.models.load_model(float_file, compile=False).get_weights())
 
 
-@pytest.mark.parametrize('name', SEARCHES)
+@pytest.mark.parametrize('name', ['sensitivity', 'tuned', 'channel'])
 def test_a_search_that_was_stopped_goes_on_and_ends_the_same(
-  tmp_path, interrupt_score, undisturbed, float_file, capfd, name
+  tmp_path, undisturbed, float_file, capfd, name
 ):
   arguments = [*SEARCHES[name], f'--pretrained={float_file}']
-  # The first score is that of the float model.
-  with interrupt_score(4):
+  with interrupted(2):
     assert run(tmp_path, *arguments) == 128 + signal.SIGTERM
   assert 'Traceback' not in capfd.readouterr().err
   assert not (tmp_path / 'allocation.json').exists()
   partial = read(tmp_path, 'losses.json' if name == 'sensitivity' else 'search.json')
-  # What is proposed again is not scored again.
-  assert 3 <= len(partial.get('records', partial.get('losses'))) < 6
+  assert len(partial.get('records', partial.get('losses'))) == 2
   assert run(tmp_path, *arguments) == 0
-  whole = undisturbed(*SEARCHES[name])
-  assert read(tmp_path, 'allocation.json') == read(whole, 'allocation.json')
-  if name != 'sensitivity':
-    assert records_of(tmp_path) == records_of(whole)
-  assert_same_bits(weights(tmp_path), weights(whole))
+  assert_same_end(tmp_path, undisturbed(*SEARCHES[name]))
 
 
-def test_a_finished_search_is_not_repeated(tmp_path, kill_at, undisturbed, float_file, monkeypatch):
-  arguments = [*SEARCHES['rl'], f'--pretrained={float_file}']
-  revive = kill_at('compressed', 8)
-  with pytest.raises(Killed):
-    run(tmp_path, *arguments)
-  revive()
-  monkeypatch.setattr(allocators, 'allocate', lambda *arguments: pytest.fail('searched again'))
-  assert run(tmp_path, *arguments) == 0
-  assert_same_bits(weights(tmp_path), weights(undisturbed(*SEARCHES['rl'])))
+def assert_same_end(folder, whole):
+  assert read(folder, 'allocation.json') == read(whole, 'allocation.json')
+  if (whole / 'search.json').exists():
+    assert records_of(folder) == records_of(whole)
+  assert_same_bits(weights(folder), weights(whole))
 
 
-def test_evaluation_never_searches(undisturbed, no_search, capfd):
-  folder = undisturbed(*SEARCHES['rl'])
-  before = {path: path.read_bytes() for path in folder.glob('*.json')}
-  assert run(folder, *SEARCHES['rl'], '--exec_mode=eval') == 2
-  assert '--pretrained is' in capfd.readouterr().err
-  pretrained = before[folder / 'config.json']
-  source = json.loads(pretrained)['pretrained']
-  (folder / 'allocation.json').rename(folder / 'hidden')
-  assert run(folder, *SEARCHES['rl'], f'--pretrained={source}', '--exec_mode=eval') == 0
-  (folder / 'hidden').rename(folder / 'allocation.json')
-  assert before == {path: path.read_bytes() for path in folder.glob('*.json')}
-
-
-def test_other_flags_in_the_middle_of_a_search_are_refused(
-  tmp_path, interrupt_score, float_file, capfd
+def test_a_run_stopped_twice_refuses_other_flags_and_searches_once(
+  tmp_path, kill_at, undisturbed, float_file, capfd
 ):
+  """In the middle of its search, which goes on; then behind it, where it is not repeated."""
   arguments = [*SEARCHES['rl'], f'--pretrained={float_file}']
-  with interrupt_score(3):
+  with interrupted(3):
     assert run(tmp_path, *arguments) == 128 + signal.SIGTERM
   # Whatever else is gone, the roll-outs belong to their flags.
   (tmp_path / 'float.keras').unlink()
@@ -286,8 +252,26 @@ def test_other_flags_in_the_middle_of_a_search_are_refused(
   capfd.readouterr()
   assert run(tmp_path, *arguments, '--uql_equivalent_bits=3') == 2
   said = capfd.readouterr().err
-  assert '--uql_equivalent_bits is 4.0 there and 3.0 here' in said and 'Traceback' not in said
+  assert '--uql_equivalent_bits is 3.5 there and 3.0 here' in said and 'Traceback' not in said
   assert (tmp_path / 'search.json').read_bytes() == before
+  revive = kill_at('compressed', 8)
+  with pytest.raises(Killed):
+    run(tmp_path, *arguments)
+  revive()
+  assert len(records_of(tmp_path)) == 6
+  with no_search():
+    assert run(tmp_path, *arguments) == 0
+  assert_same_end(tmp_path, undisturbed(*SEARCHES['rl']))
+
+
+def test_evaluation_never_searches(undisturbed, float_file):
+  folder = undisturbed(*SEARCHES['rl'])
+  (folder / 'allocation.json').rename(folder / 'hidden')
+  before = {path: path.read_bytes() for path in folder.glob('*.json')}
+  with no_search():
+    assert run(folder, *SEARCHES['rl'], f'--pretrained={float_file}', '--exec_mode=eval') == 0
+  assert before == {path: path.read_bytes() for path in folder.glob('*.json')}
+  (folder / 'hidden').rename(folder / 'allocation.json')
 
 
 def test_a_damaged_allocation_is_one_sentence(tmp_path, float_file, capfd):
@@ -324,7 +308,7 @@ def test_a_budget_of_the_whole_model(tmp_path, float_file, budget):
     value = floats + SIZES['conv0'] + SIZES['dense'] + 3.2 * (4608 + 18432) / 8
   else:
     value = (MACS['conv0'] + MACS['dense']) * 64 + 3.2 * 2 * MACS['conv1'] * 4
-  arguments = ['--learner=uniform', '--uql_quant_epochs=1', '--uql_activation_bits=4']
+  arguments = [*SHORT, '--uql_activation_bits=4']
   arguments += ['--allocation=heuristic', f'--budget={budget}', f'--budget_value={value}']
   assert run(tmp_path, *arguments, f'--pretrained={float_file}') == 0
   values, cost = values_of(tmp_path), read(tmp_path, 'allocation.json')['cost']
@@ -401,24 +385,6 @@ def test_a_budget_of_milliseconds_that_no_choice_meets(tmp_path, float_file, tim
   assert not (tmp_path / 'allocation.json').exists()
 
 
-def test_a_choice_may_be_scored_by_the_metric_and_by_more_images_than_there_are(
-  tmp_path, float_file, monkeypatch
-):
-  seen = []
-  held_out = allocation.Allotting.held_out
-
-  def looking(self, samples, batch):
-    found = held_out(self, samples, batch)
-    seen.append((samples, sum(len(y) for _, y in found), {len(x) for x, _ in found}))
-    return found
-
-  monkeypatch.setattr(allocation.Allotting, 'held_out', looking)
-  arguments = ['--score_by=metric', '--nb_smpls_score_bn=0', '--nb_smpls_score=100000']
-  more = ['--nb_smpls_val=300', *BITS_BY['hawq'], '--nb_smpls_trace=70']
-  assert run(tmp_path, *UNIFORM, *arguments, *more, f'--pretrained={float_file}') == 0
-  assert seen == [(100000, 300, {250, 50}), (70, 70, {32, 6})]
-
-
 def held_out(*arguments):
   learner = main.make_learner(ModelHelper, ['run.py', *SEARCHES['rl'], *arguments])
   return lambda samples, batch: learner.held_out(samples, batch), learner.dataset
@@ -451,9 +417,10 @@ def test_weights_are_dropped_where_they_are_worth_least(undisturbed):
 
 def test_sparse_by_several_objectives_and_tuned_roll_outs(tmp_path, float_file):
   arguments = ['--ws_reward_type=multi-obj', '--ws_nb_iters_rg=2', '--ws_nb_iters_ft=2']
+  arguments += ['--ws_nb_rlouts=2']
   assert run(tmp_path, *SPARSE, *arguments, f'--pretrained={float_file}') == 0
   content = read(tmp_path, 'search.json')
-  assert content['problem']['budget'] is None and len(content['records']) == 6
+  assert content['problem']['budget'] is None and len(content['records']) == 2
   for record in content['records']:
     expected = record['score']['accuracy'] * np.log(2 - record['cost'])
     assert record['reward'] == pytest.approx(expected)
