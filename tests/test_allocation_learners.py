@@ -8,8 +8,8 @@ import keras
 import numpy as np
 import pytest
 
-from learners import main
 from learners import bits as bits_module
+from learners import main
 from learners.channels import ChannelLearner
 from learners.phases import Phases
 from nets.convnet_at_digits import ModelHelper
@@ -79,7 +79,7 @@ def undisturbed(tmp_path_factory, float_file):
   def get(*arguments):
     if arguments in kept:
       return kept[arguments]
-    folder = kept[arguments] = tmp_path_factory.mktemp('undisturbed')
+    folder = tmp_path_factory.mktemp('undisturbed')
 
     def fitted(self, phase, model, *rest, **options):
       if not isinstance(self, ChannelLearner):
@@ -94,6 +94,7 @@ def undisturbed(tmp_path_factory, float_file):
       patch.setattr(Phases, '_fit', fitted)
       patch.setattr(ChannelLearner, 'course', pruned)
       assert run(folder, *arguments, f'--pretrained={float_file}') == 0
+    kept[arguments] = folder
     return folder
 
   return get
