@@ -22,7 +22,7 @@ from pocketsize.allocation.problem import Variable
 from pocketsize.allocation.scoring import Scorer
 from pocketsize.graph import Graph
 from pocketsize.quantization.uniform import Uniform, UniformConfig
-from tools.benchmark import nets
+from tools.benchmark import models
 
 BITS = tuple(range(2, 9))
 
@@ -49,7 +49,7 @@ def main():
     options['shortcut'] = 'pad'
   if _NET.value == 'resnet_at_ilsvrc12' and not _DATA.value:
     options['nb_classes'] = _CLASSES
-  helper = nets.helper(_NET.value, options)
+  helper = models.helper(_NET.value, options)
   model = helper.load(_PRETRAINED.value) if _PRETRAINED.value else helper.build()
   if _ROLLOUTS.value:
     command.print_table(

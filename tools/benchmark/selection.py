@@ -22,7 +22,7 @@ from pocketsize.pruning.ista import Ista
 from pocketsize.pruning.lasso import Lasso
 from pocketsize.pruning.layerwise import Layerwise
 from pocketsize.pruning.proximal import Proximal
-from tools.benchmark import nets
+from tools.benchmark import models
 
 METHODS = {'lasso': Lasso, 'ista': Ista, 'proximal': Proximal}
 
@@ -87,7 +87,7 @@ def _net():
   options = {'data_dir_local': _DATA.value, 'resnet_size': _RESNET_SIZE.value}
   if _NET.value == 'resnet_at_cifar10' and _PRETRAINED.value:
     options['shortcut'] = 'pad'
-  helper = nets.helper(_NET.value, options, ', or a model of keras.applications')
+  helper = models.helper(_NET.value, options, ', or a model of keras.applications')
   model = helper.load(_PRETRAINED.value) if _PRETRAINED.value else helper.build()
   data = helper.dataset().load('train', batch=_BATCH.value, training=True)
   return model, [x.numpy() for x, _ in data.take(math.ceil(_SAMPLES.value / _BATCH.value))]
