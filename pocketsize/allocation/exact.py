@@ -17,6 +17,8 @@ from pocketsize.errors import UserError
 # is known, and with the budget, at these numbers that is 1e-8 and 1e-9 of them.
 _LOSS = 1e2
 _BUDGET = 1e3
+# So many choices are all tried: HiGHS may miss the best one if its cost is next to the budget.
+_FEW = 1000
 
 
 def minimise(problem, losses):
@@ -36,6 +38,8 @@ def minimise(problem, losses):
   if problem.is_met(best):
     return best
   excess = [each - each.min() for each in losses]
+  if np.prod(problem.sizes, dtype=float) <= _FEW:
+    return _tried(problem, excess)
   levels = uniform(problem)
   bound, found = np.inf, _total(excess, levels)
   # Again with the loss of the answer, if that is so much less that HiGHS saw little of it.
@@ -44,6 +48,12 @@ def minimise(problem, losses):
     levels = _within(problem, excess, bound)
     found = _total(excess, levels)
   return levels
+
+
+def _tried(problem, losses):
+  """Returns the best of all levels that meet the budget; of equal ones the first."""
+  every = (np.array(levels) for levels in np.ndindex(*problem.sizes))
+  return min(filter(problem.is_met, every), key=lambda levels: _total(losses, levels))
 
 
 def _total(losses, levels):
