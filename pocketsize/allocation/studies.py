@@ -164,6 +164,7 @@ def _gaussian_process_sampler(problem, seed):
       return dict(zip(space, levels.tolist(), strict=True))
 
     def sample_independent(self, study, trial, param_name, param_distribution):
-      raise NotImplementedError
+      # The space above has all parameters, so Optuna asks for none alone.
+      raise ValueError(f'Argument `param_name` must be of the space. Received: {param_name!r}.')
 
   return Sampler()
