@@ -3,7 +3,7 @@
 #
 #   scripts/run_tests.sh [tests/test_x.py] [-k WORD] ...
 #
-# Without arguments the whole suite runs, in two processes; tests of one xdist_group share one.
+# Without arguments the whole suite runs, in two processes; the tests of a module share one.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -13,6 +13,6 @@ ensure_venv requirements-dev.txt
 export_run_environment
 cd "$root"
 if (($# == 0)); then
-  set -- -n 2 --dist loadgroup
+  set -- -n 2 --dist loadgroup --no-loadscope-reorder
 fi
 exec "$python" -m pytest -q "$@"

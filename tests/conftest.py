@@ -1,5 +1,6 @@
 """Fixtures of all tests."""
 
+import gc
 import os
 import pathlib
 
@@ -7,6 +8,16 @@ import pytest
 
 # Before anything imports TensorFlow: its log lines would stand among the messages that tests read.
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+# TensorFlow's tracing makes so many objects that looking for cycles takes a seventh of the suite.
+gc.set_threshold(200_000, 20, 50)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+  """One process of xdist has all tests of a module, so that what they share is made once."""
+  for item in items:
+    if not item.get_closest_marker('xdist_group'):
+      item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture(scope='session')
@@ -16,6 +27,16 @@ def shared():
   if not folder:
     pytest.skip('POCKETSIZE_SHARED is not set')
   return pathlib.Path(folder)
+
+
+@pytest.fixture(scope='session')
+def float_file(tmp_path_factory):
+  """A float model of the digits' net, so that runs need not train one."""
+  from tests.test_learners import run
+
+  folder = tmp_path_factory.mktemp('float')
+  assert run(folder, '--learner=full-prec', '--nb_epochs_rat=0.1') == 0
+  return folder / 'float.keras'
 
 
 @pytest.fixture

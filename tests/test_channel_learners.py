@@ -38,14 +38,6 @@ each_learner = pytest.mark.parametrize('learner', LEARNERS)
 
 
 @pytest.fixture(scope='module')
-def float_file(tmp_path_factory):
-  """A float model, so that runs need not train one."""
-  folder = tmp_path_factory.mktemp('float')
-  assert run(folder, '--learner=full-prec', '--nb_epochs_rat=0.1') == 0
-  return folder / 'float.keras'
-
-
-@pytest.fixture(scope='module')
 def undisturbed(tmp_path_factory, float_file):
   """Returns the folder of a run that nothing stopped, by its arguments."""
   kept = {}

@@ -65,24 +65,31 @@ LEARNERS = {
 }
 
 
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+  """A folder for each learner; all are trained by one pair of processes, which start slowly."""
+  folder = tmp_path_factory.mktemp('two workers')
+  learners = folder / 'learners.json'
+  learners.write_text(json.dumps({name: [*SMALL, *flags] for name, flags in LEARNERS.items()}))
+  code, output, errors = finish(start('learning.py', folder, learners), seconds=300)
+  assert code == 0, output + errors
+  return folder
+
+
 @needs_horovod
 @pytest.mark.parametrize('learner', LEARNERS)
-def test_two_workers_end_with_equal_weights(tmp_path, learner):
-  process = start(
-    'learning.py', tmp_path, f'--work_dir={tmp_path / "work"}', *SMALL, *LEARNERS[learner]
-  )
-  code, output, errors = finish(process)
-  assert code == 0, output + errors
-  with np.load(tmp_path / 'rank0.npz') as one, np.load(tmp_path / 'rank1.npz') as other:
+def test_two_workers_end_with_equal_weights(trained, learner):
+  folder = trained / learner
+  with np.load(folder / 'rank0.npz') as one, np.load(folder / 'rank1.npz') as other:
     assert one.files == other.files and one.files
     for name in one.files:
       np.testing.assert_array_equal(one[name], other[name])
     bits = one['bits'].tolist()
-  config = json.loads((tmp_path / 'work' / 'config.json').read_text())
+  config = json.loads((folder / 'work' / 'config.json').read_text())
   assert config['enbl_multi_gpu'] is True
-  assert (tmp_path / 'work' / 'report.json').exists()
+  assert (folder / 'work' / 'report.json').exists()
   if learner == 'searched':
-    _assert_searched(tmp_path / 'work', bits)
+    _assert_searched(folder / 'work', bits)
 
 
 def _assert_searched(folder, bits):

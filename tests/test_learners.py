@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -71,18 +72,30 @@ def kill_at(monkeypatch):
 
 
 @pytest.fixture(scope='module')
-def undisturbed(tmp_path_factory):
-  """Returns the weights of runs that nothing stopped, by their arguments."""
+def finished(tmp_path_factory):
+  """Returns the folder of a run that nothing stopped, by its arguments; tests only look at it."""
   kept = {}
 
   def get(*arguments):
     if arguments not in kept:
-      folder = tmp_path_factory.mktemp('undisturbed')
+      folder = tmp_path_factory.mktemp('finished')
       assert run(folder, *arguments) == 0
-      kept[arguments] = weights(folder)
+      kept[arguments] = folder
     return kept[arguments]
 
   return get
+
+
+@pytest.fixture(scope='module')
+def undisturbed(finished):
+  """Returns the weights of a run that nothing stopped, by its arguments."""
+  return lambda *arguments: weights(finished(*arguments))
+
+
+@pytest.fixture
+def copy(tmp_path, finished):
+  """Returns a copy of the folder of a finished run, by its arguments."""
+  return lambda *arguments: shutil.copytree(finished(*arguments), tmp_path / 'copy')
 
 
 DISTILLED = [*SPARSE, '--enbl_dst', '--loss_w_dst_features=1', '--dst_features=ReLU']
@@ -121,19 +134,19 @@ def test_another_seed_gives_other_weights(tmp_path, undisturbed):
 
 
 @pytest.mark.parametrize('more', [[], ['--nb_batches_bn=2']], ids=['plain', 're-estimated'])
-def test_a_finished_run_started_again_changes_nothing(tmp_path, more):
-  assert run(tmp_path, *UNIFORM, *more) == 0
-  before = weights(tmp_path)
-  assert run(tmp_path, *UNIFORM, *more) == 0
-  assert_same_bits(weights(tmp_path), before)
+def test_a_finished_run_started_again_changes_nothing(copy, more):
+  folder = copy(*UNIFORM, *more)
+  before = weights(folder)
+  assert run(folder, *UNIFORM, *more) == 0
+  assert_same_bits(weights(folder), before)
 
 
-def test_batch_norm_is_estimated_anew_once_the_model_is_trained(tmp_path, undisturbed):
+def test_batch_norm_is_estimated_anew_once_the_model_is_trained(finished, undisturbed):
   """From augmented training batches, the first ones, through what is shipped."""
-  assert run(tmp_path, *UNIFORM, '--nb_batches_bn=2') == 0
-  model = keras.models.load_model(tmp_path / 'quantized.keras', compile=False)
-  final = keras.models.load_model(tmp_path / 'final.keras', compile=False)
-  learner = main.make_learner(ModelHelper, ['x', f'--work_dir={tmp_path}', *SMALL, *UNIFORM])
+  folder = finished(*UNIFORM, '--nb_batches_bn=2')
+  model = keras.models.load_model(folder / 'quantized.keras', compile=False)
+  final = keras.models.load_model(folder / 'final.keras', compile=False)
+  learner = main.make_learner(ModelHelper, ['x', f'--work_dir={folder}', *SMALL, *UNIFORM])
   before = undisturbed(*UNIFORM)
   for variable, value in zip(final.weights, before, strict=True):
     is_statistic = variable.name.startswith('moving')
@@ -146,7 +159,7 @@ def test_batch_norm_is_estimated_anew_once_the_model_is_trained(tmp_path, undist
   calibration.re_estimate_batch_norm(model, (x for x, _ in batches))
   for variable, value in zip(model.source.weights, expected, strict=True):
     np.testing.assert_allclose(variable, value, rtol=1e-5, atol=1e-6)
-  assert 'batch_norm' in json.loads((tmp_path / 'report.json').read_text())['seconds']
+  assert 'batch_norm' in json.loads((folder / 'report.json').read_text())['seconds']
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
@@ -231,9 +244,9 @@ def test_sparse_weights_are_exact_zeros_in_the_final_model(tmp_path):
       assert layer['sparsity'] == pytest.approx(0.6, abs=0.005)
 
 
-def test_the_report_has_its_stable_keys(tmp_path):
-  assert run(tmp_path, *UNIFORM) == 0
-  report = json.loads((tmp_path / 'report.json').read_text())
+def test_the_report_has_its_stable_keys(finished):
+  folder = finished(*UNIFORM)
+  report = json.loads((folder / 'report.json').read_text())
   assert set(report) == {
     'model',
     'dataset',
@@ -273,34 +286,30 @@ def test_the_report_has_its_stable_keys(tmp_path):
     if layer['macs']
   }
   assert bits == {'conv0': (8, 8), 'conv1': (4, 8), 'conv2': (4, 8), 'dense': (8, 8)}
-  assert report['compressed']['bytes'] == (tmp_path / 'final.keras').stat().st_size
-  path = tmp_path / 'exports' / 'convnet.packed'
-  model = keras.models.load_model(tmp_path / 'quantized.keras', compile=False)
+  assert report['compressed']['bytes'] == (folder / 'final.keras').stat().st_size
+  path = folder / 'exports' / 'convnet.packed'
+  model = keras.models.load_model(folder / 'quantized.keras', compile=False)
   assert report['packed'] == packed.verify(path, model)
   assert {name: weight.bits for name, weight in packed.load(path).weights.items()} == {
     weight.path: bits[weight.path.split('/')[0]][0] if weight.name == 'kernel' else 32
     for weight in model.source.weights
   }
-  final = keras.models.load_model(tmp_path / 'final.keras', compile=False)
+  final = keras.models.load_model(folder / 'final.keras', compile=False)
   for name, values in packed.read(path).items():
     np.testing.assert_array_equal(values, packed.variables(final)[name])
 
 
-def test_evaluation_reproduces_the_report_and_writes_nothing(tmp_path, capfd):
-  assert run(tmp_path, *UNIFORM) == 0
+def test_evaluation_reproduces_the_report_and_writes_nothing(copy, capfd):
+  folder = copy(*UNIFORM)
   before = {
-    path: path.read_bytes()
-    for path in tmp_path.rglob('*')
-    if path.is_file() and path.name != '.lock'
+    path: path.read_bytes() for path in folder.rglob('*') if path.is_file() and path.name != '.lock'
   }
   capfd.readouterr()
-  assert run(tmp_path, *UNIFORM, '--exec_mode=eval') == 0
-  accuracy = json.loads(before[tmp_path / 'report.json'])['compressed']['metrics']['accuracy']
+  assert run(folder, *UNIFORM, '--exec_mode=eval') == 0
+  accuracy = json.loads(before[folder / 'report.json'])['compressed']['metrics']['accuracy']
   assert f'{accuracy:.4f}' in capfd.readouterr().out
   assert {
-    path: path.read_bytes()
-    for path in tmp_path.rglob('*')
-    if path.is_file() and path.name != '.lock'
+    path: path.read_bytes() for path in folder.rglob('*') if path.is_file() and path.name != '.lock'
   } == before
 
 
@@ -413,13 +422,14 @@ def test_a_mistake_of_the_user_is_one_sentence_and_exit_code_2(
   assert 'Traceback' not in message and len(message.strip().splitlines()) == 1
 
 
-def test_a_work_folder_of_another_configuration_is_refused_and_kept(tmp_path, capfd):
-  assert run(tmp_path, *UNIFORM) == 0
-  before = (tmp_path / 'report.json').read_bytes()
-  assert run(tmp_path, *UNIFORM[:1], '--uql_weight_bits=3') == 2
+def test_a_work_folder_of_another_configuration_is_refused_and_kept(copy, capfd):
+  folder = copy(*UNIFORM)
+  before = (folder / 'report.json').read_bytes()
+  capfd.readouterr()
+  assert run(folder, *UNIFORM[:1], '--uql_weight_bits=3') == 2
   message = capfd.readouterr().err
   assert '--uql_weight_bits is 4 there and 3 here' in message
-  assert (tmp_path / 'report.json').read_bytes() == before
+  assert (folder / 'report.json').read_bytes() == before
 
 
 def test_two_runs_in_one_work_folder_are_refused(tmp_path, capfd):
@@ -541,10 +551,11 @@ def test_learned_scales_and_ranges_in_all_formats(tmp_path):
 
 
 @pytest.mark.parametrize('name', ['quantized.keras', 'final.keras', 'float.keras'])
-def test_evaluation_of_a_damaged_model_is_one_sentence(tmp_path, capfd, name):
-  assert run(tmp_path, *UNIFORM) == 0
-  (tmp_path / name).write_bytes(b'garbage')
-  assert run(tmp_path, *UNIFORM, '--exec_mode=eval') == 2
+def test_evaluation_of_a_damaged_model_is_one_sentence(copy, capfd, name):
+  folder = copy(*UNIFORM)
+  (folder / name).write_bytes(b'garbage')
+  capfd.readouterr()
+  assert run(folder, *UNIFORM, '--exec_mode=eval') == 2
   message = capfd.readouterr().err
   assert name in message and 'Traceback' not in message
 

@@ -93,7 +93,6 @@ CHANNEL = (
   '--cp_prune_option=uniform',
   '--cp_nb_batches=1',
   '--enbl_dst',
-  '--nb_epochs_rat=0.1',
   '--export_formats=none',
   '--batch_size=32',
 )
@@ -134,9 +133,9 @@ def test_the_student_gets_mixed_images_and_no_labels(tmp_path, watched):
   assert np.abs(chosen_from[0] - first_images()).max() > 0.1
 
 
-def test_nothing_is_mixed_unless_asked_for(tmp_path, watched):
+def test_nothing_is_mixed_unless_asked_for(tmp_path, watched, float_file):
   shares, _, chosen_from = watched
-  assert run(tmp_path, *CHANNEL) == 0
+  assert run(tmp_path, *CHANNEL, f'--pretrained={float_file}') == 0
   assert shares == []
   np.testing.assert_array_equal(chosen_from[0], first_images())
 
