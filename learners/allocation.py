@@ -229,7 +229,8 @@ class _Shown:
     """Shows a round of roll-outs; without a bar every tenth one, and each that is the best."""
     if self._report is None:
       self._report = self._open.enter_context(
-        ProgressReport(self._title, self._rollouts, quiet=self._quiet)
+        # A search that goes on has done some before: the time left follows from those since then.
+        ProgressReport(self._title, self._rollouts, start=done, quiet=self._quiet)
       )
     if best != self._best or done % SHOWN_EVERY == 0:
       self._best = best

@@ -8,8 +8,8 @@ import keras
 import numpy as np
 import pytest
 
+from learners import allocation, main, progress
 from learners import bits as bits_module
-from learners import main
 from learners.channels import ChannelLearner
 from learners.phases import Phases
 from nets.convnet_at_digits import ModelHelper
@@ -470,3 +470,19 @@ def test_channels_under_a_share_of_the_latency(tmp_path, float_file, monkeypatch
   assert counts['conv0'] + 32 + counts['conv2'] + 10 == pytest.approx(cost['value'])
   assert cost['value'] <= cost['budget']
   assert (tmp_path / 'latency_openvino.json').exists()
+
+
+def test_the_time_left_of_a_search_that_goes_on_follows_from_what_was_done_since(
+  monkeypatch, capsys
+):
+  """Each roll-out takes 6 s; 101 of 200 were done by the first line."""
+  now = [50.0]
+  monkeypatch.setattr(progress.time, 'monotonic', lambda: now[0])
+  with allocation._Shown('rl', 200, quiet=False) as shown:
+    best = search.Record(0, [1], 0.5, 0.5, 3.0, 6.0)
+    for done in range(101, 111):
+      shown.track(done, best)
+      now[0] += 6.0
+  first, last = capsys.readouterr().out.splitlines()
+  assert first == 'allotting by rl: 101/200  best 0.5000  cost 3'
+  assert last == 'allotting by rl: 110/200  best 0.5000  cost 3  left 0:09:00'
