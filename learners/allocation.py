@@ -10,8 +10,6 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
-
 from learners.learner import Learner
 from learners.progress import ProgressReport
 from pocketsize.allocation import allocators, costs
@@ -192,8 +190,8 @@ class Allotting(Learner):
     )
 
   def _traces(self, model, task):
-    """Returns {variable name: mean diagonal of the Hessian}."""
-    found = traces(
+    """Returns {path: mean diagonal of the Hessian} of all layers that are decided about."""
+    return traces(
       model,
       self.helper.loss,
       self.held_out(self.config.nb_smpls_trace, TRACE_BATCH),
@@ -204,10 +202,6 @@ class Allotting(Learner):
       seed=self.run.seed,
       **self._workers,
     )
-    return {
-      variable.name: float(np.mean([found[path] for path in layers]))
-      for variable, layers in zip(task.problem.variables, task.layers, strict=True)
-    }
 
 
 class _Shown:

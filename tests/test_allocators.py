@@ -56,7 +56,7 @@ class Candidates:
     return tuple(int(level) for level in levels)
 
   def errors(self, name):
-    return 0.25 ** np.arange(self._tops[name])
+    return {name: 0.25 ** np.arange(self._tops[name])}
 
 
 def loss(levels):

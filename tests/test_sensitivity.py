@@ -29,7 +29,7 @@ def problem(**choices):
 
 
 def hawq(traces, errors):
-  fake = types.SimpleNamespace(errors=lambda name: np.array(errors[name], float))
+  fake = types.SimpleNamespace(errors=lambda name: {name: np.array(errors[name], float)})
   made = problem(**{name: tuple(range(len(each))) for name, each in errors.items()})
   return [table.tolist() for table in sensitivity.hawq_losses(made, traces, fake)]
 
@@ -37,6 +37,14 @@ def hawq(traces, errors):
 def test_hawq_is_trace_times_squared_error():
   tables = hawq({'a': 2.0, 'b': 0.5}, {'a': [4.0, 1.0, 0.0], 'b': [8.0, 2.0]})
   assert tables == [[8.0, 2.0, 0.0], [4.0, 1.0]]
+
+
+def test_layers_that_one_variable_decides_about_count_each_with_its_own_trace():
+  """100 * 0 + 1 * 8 and 100 * 0 + 1 * 2; by the mean trace it would be 404 and 101."""
+  errors = {'flat': np.array([8.0, 2.0]), 'curved': np.zeros(2)}
+  fake = types.SimpleNamespace(errors=lambda name: errors)
+  (table,) = sensitivity.hawq_losses(problem(unit=(2, 3)), {'flat': 1.0, 'curved': 100.0}, fake)
+  assert table.tolist() == [8.0, 2.0]
 
 
 def test_a_negative_trace_counts_as_the_least_positive_one():

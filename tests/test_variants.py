@@ -38,8 +38,8 @@ def test_quantized_kernels_and_their_errors():
       # The last layer has the bits that it is asked for, not those of an end.
       np.testing.assert_allclose(kernels[path]['kernel'], expected, atol=1e-6)
   errors = [np.sum((on_grid(own['conv1'], bits) - own['conv1']) ** 2) for bits in (2, 4, 8)]
-  np.testing.assert_allclose(made.errors('conv1'), errors, rtol=1e-4)
-  assert made.errors('head')[1] == 0.0
+  np.testing.assert_allclose(made.errors('conv1')['conv1'], errors, rtol=1e-4)
+  assert made.errors('head')['head'][1] == 0.0
 
 
 def variables_of(variables):
@@ -85,7 +85,7 @@ def test_the_smallest_weights_of_each_kernel_are_zero():
   kernels = made.kernels([1])['pair']
   assert np.ravel(kernels['depthwise_kernel']).tolist() == [0.0, -3.0]
   assert np.ravel(kernels['pointwise_kernel']).tolist() == [0.0, 0.0, -4.0, 5.0]
-  assert made.errors('pair').tolist() == [56.0, 6.0, 0.0]
+  assert made.errors('pair')['pair'].tolist() == [56.0, 6.0, 0.0]
 
 
 def test_kernels_are_made_once_as_long_as_there_is_memory():
@@ -99,7 +99,7 @@ def test_kernels_are_made_once_as_long_as_there_is_memory():
   made = Variants(model, choices, change)
   for levels in ([1], [0], [1]):
     assert made.kernels(levels)['pair']['pointwise_kernel'].ravel()[3] == 5.0 * levels[0]
-  assert made.errors('pair').tolist() == [56.0, 0.0]
+  assert made.errors('pair')['pair'].tolist() == [56.0, 0.0]
   assert len(calls) == 4
   # Six weights of 4 bytes at each level.
   small = Variants(model, choices, change, memory=24)
@@ -110,4 +110,4 @@ def test_kernels_are_made_once_as_long_as_there_is_memory():
   assert small.kernels([1])['pair']['depthwise_kernel'].ravel().tolist() == [1.0, -3.0]
   small.kernels([0])
   assert calls == [1.0, 1.0]
-  assert small.errors('pair').tolist() == [56.0, 0.0]
+  assert small.errors('pair')['pair'].tolist() == [56.0, 0.0]

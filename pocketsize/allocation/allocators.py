@@ -32,7 +32,7 @@ class Ground:
     sizes: [variables] numbers of weights.
     candidates: has `kernels(levels)` and `errors(name)`; `Variants` or `Reconstructed`.
     scorer: a `Scorer` of the model that is compressed.
-    traces: gives {variable name: mean diagonal of the Hessian}; called if that is needed.
+    traces: gives {path of a layer: mean diagonal of the Hessian}; called if that is needed.
     score: levels -> {name: number}, what a roll-out is worth.
     reward: (score, cost) -> number to be maximised.
     rollouts: how many.   rollouts_min: so many come before an agent is trained.

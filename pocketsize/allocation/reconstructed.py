@@ -34,25 +34,22 @@ class Reconstructed:
     return {path: {'kernel': self._kernel(path, levels)} for path in self._readers}
 
   def errors(self, name):
-    """Returns [choices] squared changes of the kernels that read unit `name`, the others whole."""
+    """Returns {path: [choices] squared changes} of what reads unit `name`, the others whole."""
     place = [unit.name for unit in self._units].index(name)
     whole = np.array([len(self._choices[unit.name]) - 1 for unit in self._units])
-    return np.array(
-      [
-        sum(
-          float(np.sum(np.square(kernel.ravel() - self._problems[path].kernel.ravel())))
-          for path, kernel in self._reading(
-            place, np.where(np.arange(len(whole)) == place, level, whole)
-          )
-        )
-        for level in range(whole[place] + 1)
-      ]
-    )
+    alone = [
+      np.where(np.arange(len(whole)) == place, level, whole) for level in range(whole[place] + 1)
+    ]
+    return {
+      path: np.array([self._change(path, levels) for levels in alone])
+      for path in self._units[place].readers
+    }
 
-  def _reading(self, place, levels):
-    """Yields (path, kernel) of the readers of a unit."""
-    for path in self._units[place].readers:
-      yield path, self._kernel(path, levels)
+  def _change(self, path, levels):
+    """Returns the squared change of a reader's kernel."""
+    return np.sum(
+      np.square(self._kernel(path, levels).ravel() - self._problems[path].kernel.ravel())
+    )
 
   def _kernel(self, path, levels):
     """Returns the kernel of a reader, refitted if it reads fewer channels than there are."""

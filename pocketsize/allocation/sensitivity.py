@@ -21,7 +21,8 @@ def hawq_losses(problem, traces, variants):
   """Returns the terms of Omega in HAWQ-v2 (Dong et al. 2020, arXiv:1911.03852):
 
   Omega_i = mean tr(H_i) ||Q(W_i) - W_i||^2. That is twice what the loss grows by, to second order,
-  if errors are like noise: of one size in all weights of a layer, and independent.
+  if errors are like noise: of one size in all weights of a layer, and independent. Where a variable
+  decides about several layers, theirs are added.
 
   At a minimum of the loss no trace is negative. One that is estimated so, of a net that is not
   quite there or from few vectors, would reward errors, and zero in its place would call any error
@@ -29,16 +30,23 @@ def hawq_losses(problem, traces, variants):
   the better the more bits it has. If none is positive all count as 1: the squared errors decide.
 
   Args:
-    problem: a `Problem`, its variables named by the paths of layers.
-    traces: {path: mean diagonal of the Hessian}.
-    variants: has `errors(path)`, [choices] squared errors; a `Variants`.
+    problem: a `Problem`.
+    traces: {path: mean diagonal of the Hessian} of all layers that a variable decides about.
+    variants: has `errors(name)`, {path: [choices] squared errors} of the layers of a variable; a
+      `Variants` or `Reconstructed`.
 
   Returns:
     List of [choices] float64 arrays, one for each variable; they fall along the levels.
   """
-  names = [variable.name for variable in problem.variables]
-  least = min((traces[name] for name in names if traces[name] > 0.0), default=1.0)
-  return [_falling(max(traces[name], least) * variants.errors(name)) for name in names]
+  least = min((trace for trace in traces.values() if trace > 0.0), default=1.0)
+  return [
+    _falling(
+      sum(
+        max(traces[path], least) * errors for path, errors in variants.errors(variable.name).items()
+      )
+    )
+    for variable in problem.variables
+  ]
 
 
 def measured_losses(

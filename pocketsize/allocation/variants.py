@@ -58,7 +58,7 @@ class Variants:
     """Returns the squared errors ||Q(W) - W||^2 of a layer's choices, over all of its weights.
 
     Returns:
-      [choices] float64 array, in the order of the levels.
+      {path: [choices] float64 array, in the order of the levels}, of this one layer.
     """
     if path not in self._errors:
       self._errors[path] = np.array(
@@ -70,7 +70,7 @@ class Variants:
           for level in range(len(self._variables[path].choices))
         ]
       )
-    return self._errors[path]
+    return {path: self._errors[path]}
 
   def _kernel(self, path, point, level):
     key = path, point, int(level)
