@@ -93,3 +93,19 @@ def check_allocation(config, roll_outs, agent):
   if name != 'hawq':
     refuse_idle(config, _TRACES, '--allocation=hawq')
   config.agent()
+
+
+def check_start(config, rollouts, rollouts_min):
+  """Raises a UserError if the agent would never propose what it has learned.
+
+  Args:
+    config: `AllocationFlags` of a search.
+    rollouts, rollouts_min: names of the flags of how many roll-outs there are, and of after how
+      many the agent is trained.
+  """
+  count, first = getattr(config, rollouts), getattr(config, rollouts_min)
+  if config.allocation in (None, 'rl') and first >= count:
+    raise UserError(
+      f'--{rollouts_min} must be below --{rollouts}, or the agent proposes nothing that it has '
+      f'learned. Received: {first} and {count}.'
+    )

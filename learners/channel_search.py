@@ -7,7 +7,7 @@ import pathlib
 import numpy as np
 
 from learners.allocation import Allotting, Task
-from learners.allocation_flags import SEARCHED, AllocationFlags, check_allocation
+from learners.allocation_flags import SEARCHED, AllocationFlags, check_allocation, check_start
 from learners.channel_targets import ChannelConfig
 from learners.channels import ChannelLearner
 from pocketsize import cost
@@ -57,6 +57,7 @@ class SearchFlags(ChannelConfig, AllocationFlags):
       refuse_idle(self, names, '--cp_prune_option=auto')
       return
     check_allocation(self, _ROLL_OUTS, ('cp_nb_rlouts_min',))
+    check_start(self, 'cp_nb_rlouts', 'cp_nb_rlouts_min')
     refuse_idle(self, ('target_scope', 'cp_uniform_preserve_ratio'), '--cp_prune_option=uniform')
     if self.channel_trunk == 'sampler':
       raise UserError(
@@ -139,12 +140,11 @@ class ChannelSearch(ChannelLearner, Allotting):
     units = [by_name[variable.name] for variable in problem.variables]
     # In one order on all workers, as a set would not be.
     readers = dict.fromkeys(path for unit in units for path in unit.readers)
-    rollouts = self.config.cp_nb_rlouts
     return Task(
       problem,
       Reconstructed(units, counts, self.survey(model).problems(readers), self.method()),
-      rollouts,
-      min(self.config.cp_nb_rlouts_min, rollouts),
+      self.config.cp_nb_rlouts,
+      self.config.cp_nb_rlouts_min,
       False,
       layers=[tuple(unit.readers) for unit in units],
       value='share of the channels that is dropped',

@@ -6,7 +6,7 @@ import math
 import numpy as np
 
 from learners.allocation import Allotting, Task
-from learners.allocation_flags import SEARCHED, AllocationFlags, check_allocation
+from learners.allocation_flags import SEARCHED, AllocationFlags, check_allocation, check_start
 from learners.roll_outs import Tuning
 from pocketsize import targets
 from pocketsize.allocation import costs
@@ -88,6 +88,7 @@ class WeightSparse(Allotting):
         refuse_idle(self, (*_ROLL_OUTS, *SEARCHED), '--ws_prune_ratio_prtl=optimal')
         return
       check_allocation(self, _ROLL_OUTS, ('ws_nb_rlouts_min',))
+      check_start(self, 'ws_nb_rlouts', 'ws_nb_rlouts_min')
       if self.ws_reward_type == 'multi-obj':
         refuse_idle(self, ('score_by',), '--ws_reward_type=single-obj')
       if not self.ws_nb_iters_rg:
@@ -149,7 +150,7 @@ class WeightSparse(Allotting):
       problem,
       Variants(model, problem.variables, sparse),
       self.config.ws_nb_rlouts,
-      min(self.config.ws_nb_rlouts_min, self.config.ws_nb_rlouts),
+      self.config.ws_nb_rlouts_min,
       False,
       layers=[(variable.name,) for variable in problem.variables],
       value='share of the weights that is dropped',

@@ -62,6 +62,16 @@ def assert_refused(folder, capfd, arguments, sentence):
     ([*CENTRES, '--nuql_w_bit_max=9'], '--nuql_w_bit_max must be one of 1, 2, 3, 4, 5, 6, 7, 8.'),
     ([*BITS, '--uql_nb_rlouts=0'], '--uql_nb_rlouts must be an integer at least 1'),
     (
+      [*SPARSE, '--ws_nb_rlouts=40'],
+      '--ws_nb_rlouts_min must be below --ws_nb_rlouts, or the agent proposes nothing that it has '
+      'learned. Received: 50 and 40.',
+    ),
+    (
+      [*CHANNEL, '--cp_nb_rlouts_min=200'],
+      '--cp_nb_rlouts_min must be below --cp_nb_rlouts, or the agent proposes nothing that it has '
+      'learned. Received: 200 and 200.',
+    ),
+    (
       [*BITS, '--uql_w_bit_min=1', '--uql_fold_bn'],
       '--uql_fold_bn needs --uql_w_bit_min of at least 2. Received: 1.',
     ),

@@ -48,14 +48,16 @@ TUNED = [
   '--uql_tune_global_steps=2',
 ]
 SPARSE = ['--learner=weight-sparse', '--ws_nb_rlouts=6', '--ws_mask_update_step=3']
+SPARSE_BY_AGENT = [*SPARSE, '--ws_nb_rlouts_min=5']
 CHANNEL = ['--learner=channel', '--cp_nb_rlouts=6', '--cp_nb_batches=1']
+CHANNEL_BY_AGENT = [*CHANNEL, '--cp_nb_rlouts_min=5']
 MEAN = '--uql_equivalent_bits=3.5'
 SEARCHES = {
   'rl': [*UNIFORM, *BITS_BY['rl'], MEAN],
   'sensitivity': [*UNIFORM, *BITS_BY['sensitivity'], MEAN],
   'tuned': [*UNIFORM, EIGHT_BITS, *TUNED],
-  'sparse': SPARSE,
-  'channel': CHANNEL,
+  'sparse': SPARSE_BY_AGENT,
+  'channel': CHANNEL_BY_AGENT,
 }
 
 
@@ -395,7 +397,7 @@ def test_held_out_images_are_spread_and_none_of_those_that_are_for_the_result():
 
 def test_weights_are_dropped_where_they_are_worth_least(undisturbed):
   """The default of weight-sparse."""
-  folder = undisturbed(*SPARSE)
+  folder = undisturbed(*SPARSE_BY_AGENT)
   found, values = read(folder, 'allocation.json'), values_of(folder)
   assert found['allocation'] == 'rl' and found['rollouts'] == 6 and list(values) == list(SIZES)
   # PocketFlow's bounds for 0.75 of all: 0.25 to 1 - 0.25 / 3.
@@ -425,7 +427,7 @@ def planned_channels(folder):
 
 
 def test_channels_are_searched_for_under_a_share_of_macs(undisturbed):
-  folder = undisturbed(*CHANNEL)
+  folder = undisturbed(*CHANNEL_BY_AGENT)
   values, counts = values_of(folder), planned_channels(folder)
   # What the first convolution and the last one read stays whole.
   assert list(values) == ['conv0', 'conv2'] and counts['conv1'] == 32
