@@ -90,6 +90,15 @@ def test_noise_on_actions_does_not_adapt():
     DdpgConfig(noise_type='action', noise_prtl='adapt')
 
 
+def test_noise_that_decays_does_not_end_above_where_it_begins():
+  with pytest.raises(
+    UserError, match=r'^--noise_std_finl must not be .* Received: 0\.02 and 0\.01'
+  ):
+    DdpgConfig(noise_std_init=0.01)
+  DdpgConfig(noise_std_init=0.02)
+  DdpgConfig(noise_std_init=0.01, noise_prtl='adapt')
+
+
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [
@@ -363,7 +372,7 @@ bounds = st.tuples(st.floats(-1e3, 1e3), st.floats(1e-3, 1e3)).map(
 )
 def test_actions_are_within_their_bounds(pairs, noise_type, std, state):
   low, high = (np.array(ends) for ends in zip(*pairs, strict=True))
-  config = DdpgConfig(**SMALL, noise_type=noise_type, noise_std_init=std)
+  config = DdpgConfig(**SMALL, noise_type=noise_type, noise_std_init=std, noise_std_finl=1e-3)
   agent = Agent(2, low, high, 1, 1, config)
   for _ in range(3):
     agent.begin_rollout()

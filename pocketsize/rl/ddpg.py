@@ -23,7 +23,7 @@ import tensorflow as tf
 
 from pocketsize.errors import UserError
 from pocketsize.options import check_options, option
-from pocketsize.rl.networks import compute, kernel_decay, make_actor, make_critic, perturbed
+from pocketsize.rl.networks import compute, kernel_decay, make_actor, make_critic, perturbed, values
 from pocketsize.rl.replay import Replay
 
 
@@ -63,6 +63,11 @@ class DdpgConfig:
         '--noise_prtl=adapt needs --noise_type=param: what adapts is the noise of parameters. '
         f'Received: {self.noise_type!r}.'
       )
+    if self.noise_prtl == 'tdecy' and self.noise_std_finl > self.noise_std_init:
+      raise UserError(
+        '--noise_std_finl must not be above --noise_std_init: with tdecy the noise decays. '
+        f'Received: {self.noise_std_finl} and {self.noise_std_init}.'
+      )
 
 
 class Losses(NamedTuple):
@@ -89,10 +94,6 @@ def adapted(std, distance, wanted, ratio):
   with it (Plappert et al. 2018, section 3).
   """
   return std / ratio if distance > wanted else std * ratio
-
-
-def _values(network):
-  return [weight.value for weight in network.weights]
 
 
 class Agent:
@@ -144,8 +145,7 @@ class Agent:
     self._step = tf.function(self._train_step, autograph=False)
     self._explorer = None
     self._has_trained = self._has_baseline = False
-    self.baseline = 0.0
-    self.noise_std = config.noise_std_init
+    self.baseline, self.noise_std = 0.0, config.noise_std_init
 
   @property
   def is_ready(self):
@@ -169,7 +169,7 @@ class Agent:
         to the action. Without it, what the actor as trained so far holds for best.
     """
     is_perturbed = noisy and self._config.noise_type == 'param'
-    weights = self._explorer if is_perturbed else _values(self._actor)
+    weights = self._explorer if is_perturbed else values(self._actor)
     if weights is None:
       raise UserError('`begin_rollout()` must be called before the first noisy action.')
     state = np.asarray(state, np.float32)[np.newaxis]
@@ -225,7 +225,7 @@ class Agent:
   def _noise_distance(self, states):
     """Returns how far noise moves actions: mean |mu(s) - mu_noisy(s)|, with noise of its own."""
     noisy = self._act(perturbed(self._actor, self.noise_std, self._rng), states)
-    return float(np.mean(np.abs(self._act(_values(self._actor), states) - noisy)))
+    return float(np.mean(np.abs(self._act(values(self._actor), states) - noisy)))
 
   def _train_step(self, states, actions, rewards, terminals, next_states):
     config = self._config
@@ -242,9 +242,9 @@ class Agent:
       actor_loss += config.loss_w_dcy * kernel_decay(self._actor)
     self._descend(0, tape, actor_loss)
     for network, weights in zip(self._networks, self._targets, strict=True):
-      soft_update(weights, _values(network), config.tau)
+      soft_update(weights, values(network), config.tau)
     return actor_loss, critic_loss
 
   def _descend(self, index, tape, loss):
     network = self._networks[index]
-    self._optimizers[index].apply(tape.gradient(loss, _values(network)), network.weights)
+    self._optimizers[index].apply(tape.gradient(loss, values(network)), network.weights)

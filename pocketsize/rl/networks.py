@@ -42,6 +42,11 @@ def make_critic(state_size, action_size, depth, width, rng):
   return keras.Model([states, actions], _last_layer(1, rng)(x), name='critic')
 
 
+def values(network):
+  """Returns the tensors of a network's weights, a list like `network.weights`."""
+  return [weight.value for weight in network.weights]
+
+
 def compute(network, weights, inputs):
   """Returns what a network computes with other weights, a list like `network.weights`."""
   return network.stateless_call(weights, [], inputs)[0]
