@@ -89,6 +89,15 @@ def test_statistics_of_batch_norm_are_estimated_for_a_score_and_put_back():
   assert abs(plain['loss'] - expected['loss']) > 1e-2
 
 
+def test_a_model_without_batch_norm_never_sees_the_images_for_its_statistics(monkeypatch):
+  model = keras.Sequential([keras.Input((8, 8, 3)), layers.Flatten(), layers.Dense(4)])
+  monkeypatch.setattr(
+    calibration, 'batch_statistics', lambda model, batch: pytest.fail('a forward pass for nothing')
+  )
+  scorer = Scorer(model, data(), Classification(), bn_batches=[toys.images(6)])
+  assert scorer.score({}) == pytest.approx(slow_score(model, {}), rel=1e-4)
+
+
 def many_layers():
   """Every linear layer type with a batch norm behind it, with and without bias, scale and centre;
   one that does not fold; one layer called twice, one of another dtype.

@@ -33,9 +33,9 @@ class Scorer:
     self._layers = self._inference.graph.layers
     # {(path, point): the model's own kernel} of those that are another now.
     self._replaced = {}
-    self._bn_batches = list(bn_batches)
     self._instrumented = instrument(self._model)
     self._norms = [node.operation for node in calibration.batch_norm_calls(self._instrumented)]
+    self._bn_batches = list(bn_batches) if self._norms else []
     self._statistics = tf.function(
       lambda x: calibration.batch_statistics(self._instrumented, x), autograph=False
     )
