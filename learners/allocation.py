@@ -22,7 +22,9 @@ from pocketsize.graph import Graph
 RESULT = 'allocation.json'
 # Images of a scoring step.
 SCORE_BATCH = 250
+# Images of a product for second derivatives: of as many numbers as 8 of 224 x 224 pixels at most.
 TRACE_BATCH = 32
+_TRACE_NUMBERS = 8 * 224 * 224 * 3
 # Roll-outs between two lines where there is no bar.
 SHOWN_EVERY = 10
 
@@ -32,9 +34,10 @@ class Task(NamedTuple):
 
   Attributes:
     problem: `Problem`.
-    candidates, rollouts, rollouts_min, random_order: see `allocators.Ground`.
+    candidates, rollouts, rollouts_min: see `allocators.Ground`.
     layers: [variables] tuples of the paths of each one's layers.
     value: what the values are, with their unit.
+    random_order: see `allocators.Ground`.
     reward: (figure that nets are judged by, cost) -> number; None for what --score_by says.
     middle: value of all variables with which a search begins; None for the dearest that meets the
       budget.
@@ -45,9 +48,9 @@ class Task(NamedTuple):
   candidates: object
   rollouts: int
   rollouts_min: int
-  random_order: bool
   layers: list
   value: str
+  random_order: bool = True
   reward: Callable | None = None
   middle: float | None = None
   tuning: object = None
@@ -111,7 +114,7 @@ class Allotting(Learner):
         sizes=[int(costs.weights(graph, layers).sum()) for layers in task.layers],
         candidates=task.candidates,
         scorer=scorer,
-        traces=lambda: self._traces(model, task),
+        traces=lambda: self._traces(model, task, shown.follow),
         score=score,
         reward=reward,
         rollouts=task.rollouts,
@@ -189,17 +192,20 @@ class Allotting(Learner):
       start=start,
     )
 
-  def _traces(self, model, task):
+  def _traces(self, model, task, follow):
     """Returns {path: mean diagonal of the Hessian} of all layers that are decided about."""
+    numbers = sum(math.prod(each.shape[1:]) for each in model.inputs)
+    batch = max(1, min(TRACE_BATCH, _TRACE_NUMBERS // numbers))
     return traces(
       model,
       self.helper.loss,
-      self.held_out(self.config.nb_smpls_trace, TRACE_BATCH),
+      self.held_out(self.config.nb_smpls_trace, batch),
       # Each once, and in one order on all workers.
       list(dict.fromkeys(path for layers in task.layers for path in layers)),
       iterations=self.config.hawq_iterations,
       tolerance=self.config.hawq_tolerance,
       seed=self.run.seed,
+      follow=follow,
       **self._workers,
     )
 
@@ -232,5 +238,5 @@ class _Shown:
     self._report.advance(done)
 
   def follow(self, rounds):
-    """Yields rounds of measured losses."""
+    """Yields rounds, of measured losses or of second derivatives."""
     return ProgressReport.over(self._title, rounds, quiet=self._quiet)

@@ -122,9 +122,9 @@ class BitAllotting(Allotting):
       Variants(model, problem.variables, change),
       rollouts,
       max(rollouts // 4, 1),
-      self.flag('enbl_random_layers'),
       layers=[(name,) for name in names],
       value='bits of the weights',
+      random_order=self.flag('enbl_random_layers'),
       tuning=self._tuning(graph, default),
     )
 

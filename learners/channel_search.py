@@ -145,7 +145,6 @@ class ChannelSearch(ChannelLearner, Allotting):
       Reconstructed(units, counts, self.survey(model).problems(readers), self.method()),
       self.config.cp_nb_rlouts,
       self.config.cp_nb_rlouts_min,
-      False,
       layers=[tuple(unit.readers) for unit in units],
       value='share of the channels that is dropped',
       reward=self._reward(2 * cost.macs(channels.graph)),

@@ -151,7 +151,6 @@ class WeightSparse(Allotting):
       Variants(model, problem.variables, sparse),
       self.config.ws_nb_rlouts,
       self.config.ws_nb_rlouts_min,
-      False,
       layers=[(variable.name,) for variable in problem.variables],
       value='share of the weights that is dropped',
       reward=_multi_objective if self.config.ws_reward_type == 'multi-obj' else None,

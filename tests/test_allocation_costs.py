@@ -248,6 +248,12 @@ def test_variables_of_units():
     channels, found, {'b': [0.0, 0.7], 'a': [0.4]}, multiple=4
   )
   assert counts == {'a': [8], 'b': [4, 10]}
+  # Floors of 8 (1 - ratio): the least ratio of each count; a model has one choice.
+  variables, counts = channel_costs.unit_variables(
+    channels, found, {'a': [0.0, 0.05, 0.12, 0.13, 0.3, 0.37, 0.5]}
+  )
+  assert counts == {'a': [4, 5, 6, 7, 8]}
+  assert variables[0].choices == (0.5, 0.3, 0.13, 0.05, 0.0)
   with pytest.raises(UserError, match="one of a, b, c, hidden. Received: 'x'"):
     channel_costs.unit_variables(channels, found, {'x': [0.5]})
   with pytest.raises(UserError, match=r'in \[0, 1\). Received: 1.0'):

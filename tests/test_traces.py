@@ -123,14 +123,27 @@ def test_a_diagonal_hessian_is_exact_with_each_vector():
     [keras.Input((3,)), layers.Dense(1, use_bias=False, name='dense')], name='line'
   )
   data = [(np.diag([1.0, 2.0, 3.0]).astype('float32'), np.zeros((3, 1), 'float32'))]
+  shown = []
+
+  def follow(rounds):
+    for each in rounds:
+      shown.append((each, len(rounds)))
+      yield each
+
   for seed in range(3):
     found = traces.estimate(
-      model, lambda y, outputs: 0.5 * tf.square(outputs - y), data, ['dense'], seed=seed
+      model,
+      lambda y, outputs: 0.5 * tf.square(outputs - y),
+      data,
+      ['dense'],
+      seed=seed,
+      follow=follow,
     )
     assert found.means['dense'] == pytest.approx(14 / 9, rel=1e-6)
     assert found.errors['dense'] == pytest.approx(0.0, abs=1e-6)
     # The mean stands still three times in a row.
     assert found.rounds == 4
+  assert shown == 3 * [(each, 200) for each in range(4)]
 
 
 def test_the_error_is_worked_out_by_hand_and_the_seed_decides():

@@ -26,7 +26,7 @@ def unit_variables(channels, units, ratios, multiple=1, rounding=np.floor):
     multiple, rounding: see `units.counts`.
 
   Returns:
-    Both in the order of `units`; the counts are [choices] ints, rising.
+    Both in the order of `units`; the counts are [choices] ints, rising, none of them twice.
 
   Raises:
     UserError: see `units.counts`.
@@ -35,14 +35,14 @@ def unit_variables(channels, units, ratios, multiple=1, rounding=np.floor):
   found = [unit for unit in units if unit.name in choices]
   # Refuses unknown names.
   pruning_units.counts(units, dict.fromkeys(choices, 0.0), multiple)
-  ordered = {unit.name: tuple(sorted(set(choices[unit.name]), reverse=True)) for unit in found}
-  counts = {
-    unit.name: [
-      pruning_units.counts([unit], ratio, multiple, rounding)[unit.name]
-      for ratio in ordered[unit.name]
-    ]
-    for unit in found
-  }
+  ordered, counts = {}, {}
+  for unit in found:
+    # Of ratios that leave as many channels the least one, so that no model has two choices.
+    ratio_of = {
+      pruning_units.counts([unit], ratio, multiple, rounding)[unit.name]: ratio
+      for ratio in sorted(set(choices[unit.name]), reverse=True)
+    }
+    ordered[unit.name], counts[unit.name] = tuple(ratio_of.values()), list(ratio_of)
   features = [
     # The MACs that go with half of the channels.
     (

@@ -63,6 +63,7 @@ def estimate(
   rank=0,
   size=1,
   total=lambda array: array,
+  follow=iter,
 ):
   """Returns the `Estimate` of the mean diagonal of the loss's Hessian for the weights of layers.
 
@@ -85,6 +86,8 @@ def estimate(
     rank, size: number of this worker, and how many there are. All have the same batches and each
       computes its part; the result is that of one worker.
     total: sums an array over the workers.
+    follow: `follow(rounds)` gives them one by one, for a progress bar; the rest may not be asked
+      for.
 
   Raises:
     UserError: there is no batch, or `iterations` or `tolerance` is out of range.
@@ -99,7 +102,7 @@ def estimate(
     )
   product = _product(Inference(copied(model)), loss, paths)
   values, quiet = np.zeros((0, len(paths))), 0
-  while len(values) < iterations and quiet < _IN_A_ROW:
+  for _ in follow(range(iterations)):
     found = np.zeros((len(batches), len(paths)))
     for number in range(rank, len(batches), size):
       x, y = batches[number]
@@ -109,6 +112,8 @@ def estimate(
     after = values.mean(axis=0).sum()
     is_quiet = before is not None and abs(after - before) < tolerance * (abs(before) + _SMALL)
     quiet = quiet + 1 if is_quiet else 0
+    if quiet == _IN_A_ROW:
+      break
   spread = values.std(axis=0, ddof=1) if len(values) > 1 else np.full(len(paths), np.inf)
   return Estimate(
     dict(zip(paths, values.mean(axis=0).tolist(), strict=True)),
