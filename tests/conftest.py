@@ -3,11 +3,14 @@
 import gc
 import os
 import pathlib
+import sys
 
 import pytest
 
 # Before anything imports TensorFlow: its log lines would stand among the messages that tests read.
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+# As in the library, for test modules that import OpenVINO before it does.
+sys.modules.setdefault('openvino_telemetry', None)
 # TensorFlow's tracing makes so many objects that looking for cycles takes a seventh of the suite.
 gc.set_threshold(200_000, 20, 50)
 

@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import sys
 
 from pocketsize.conversion.lowering import SCOPE
 from pocketsize.errors import UserError
@@ -28,6 +29,10 @@ def require(module, purpose):
     UserError: its package is missing or broken.
   """
   package = _PACKAGES[module.partition('.')[0]]
+  if package == 'openvino':
+    # It reports imports and conversions to its maker, from a fork of the process, where it finds
+    # this package and no refusal of the user's.
+    sys.modules.setdefault('openvino_telemetry', None)
   try:
     return importlib.import_module(module)
   except ImportError as error:
