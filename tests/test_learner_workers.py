@@ -11,14 +11,6 @@ SMALL = ['--nb_epochs_rat=0.03', '--export_formats=none', '--batch_size=32']
 # Under xdist one process has all tests that start workers.
 pytestmark = pytest.mark.xdist_group('horovod')
 LEARNERS = {
-  'uniform': [
-    '--learner=uniform',
-    '--uql_weight_bits=4',
-    '--uql_activation_bits=8',
-    '--uql_quant_epochs=1',
-    '--uql_fold_bn',
-    '--nb_batches_bn=2',
-  ],
   'weight-sparse': [
     '--learner=weight-sparse',
     '--ws_prune_ratio_prtl=heurist',
@@ -58,7 +50,10 @@ LEARNERS = {
     '--allocation=rl',
     '--uql_nb_rlouts=5',
     '--uql_quantize_all_layers',
+    '--uql_activation_bits=8',
     '--uql_quant_epochs=1',
+    '--uql_fold_bn',
+    '--nb_batches_bn=2',
     '--uql_enbl_rl_global_tune',
     '--uql_tune_global_steps=4',
   ],

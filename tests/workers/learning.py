@@ -20,7 +20,9 @@ def train(folder, flags):
   trained, kept = learner._compressed_model, []
   learner._compressed_model = lambda float_model: kept.append(trained(float_model)) or kept[0]
   learner.execute()
-  bits = [getattr(placement.transform, 'bits', 0) for placement in kept[0].placements]
+  bits = [
+    getattr(place.transform, 'bits', 0) for place in kept[0].placements if place.point == 'kernel'
+  ]
   folder.mkdir(exist_ok=True)
   np.savez(folder / f'rank{learner.runtime.rank}.npz', *kept[0].get_weights(), bits=bits)
 
