@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+from learners.judge import Judge
 from learners.learner import Learner
 from learners.progress import ProgressReport
 from pocketsize.allocation import allocators, costs
@@ -82,18 +83,19 @@ class Allotting(Learner):
   def _found(self, model, task):
     """Returns what allocation.json says."""
     problem, name = task.problem, self.allocator
-    batches = self.held_out(self.config.nb_smpls_score, SCORE_BATCH)
+    judge = self._judge(model)
+    batches = judge.marked(self.held_out(self.config.nb_smpls_score, SCORE_BATCH))
     norms = math.ceil(self.config.nb_smpls_score_bn / self.run.batch_size)
     scorer = Scorer(
       model,
       batches,
-      self.helper.evaluator(),
+      judge.evaluator(),
       [x.numpy() for x, _ in self.own_batches(0).take(norms)],
     )
 
     def score(levels):
       if task.tuning:
-        return task.tuning.score(self, model, problem.values(levels), batches)
+        return task.tuning.score(self, model, problem.values(levels), batches, judge)
       return scorer.score(task.candidates.kernels(levels))
 
     # The first figure of an evaluator is the one that a net is judged by.
@@ -114,7 +116,7 @@ class Allotting(Learner):
         sizes=[int(costs.weights(graph, layers).sum()) for layers in task.layers],
         candidates=task.candidates,
         scorer=scorer,
-        traces=lambda: self._traces(model, task, shown.follow),
+        traces=lambda: self._traces(model, task, judge, shown.follow),
         score=score,
         reward=reward,
         rollouts=task.rollouts,
@@ -192,14 +194,17 @@ class Allotting(Learner):
       start=start,
     )
 
-  def _traces(self, model, task, follow):
+  def _judge(self, model):
+    return Judge(self.helper, self.distillation(model) if self.run.enbl_dst else None)
+
+  def _traces(self, model, task, judge, follow):
     """Returns {path: mean diagonal of the Hessian} of all layers that are decided about."""
     numbers = sum(math.prod(each.shape[1:]) for each in model.inputs)
     batch = max(1, min(TRACE_BATCH, _TRACE_NUMBERS // numbers))
     return traces(
       model,
-      self.helper.loss,
-      self.held_out(self.config.nb_smpls_trace, batch),
+      judge.loss,
+      judge.marked(self.held_out(self.config.nb_smpls_trace, batch)),
       # Each once, and in one order on all workers.
       list(dict.fromkeys(path for layers in task.layers for path in layers)),
       iterations=self.config.hawq_iterations,

@@ -47,8 +47,8 @@ class AllocationFlags(AgentFlags):
   )
   score_by: str = option(
     'loss',
-    "what a choice is scored by: the loss, which tells apart what the net's metric does not on so "
-    'few images, or the metric',
+    "what a choice is scored by: the loss of the training, which tells apart what the net's metric "
+    'does not on so few images, or the metric',
     choices=('loss', 'metric'),
   )
   nb_smpls_trace: int = option(

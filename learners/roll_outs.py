@@ -24,7 +24,7 @@ class Tuning(NamedTuple):
     compressors: {name: value} -> list of compressors that act in full from the first step.
     layerwise_steps, layerwise_rate: of bringing what each layer with weights gives near to what it
       gives in the float model, all layers side by side; and its learning rate.
-    global_steps, global_rate: of the training by the task's loss that follows.
+    global_steps, global_rate: of the training that follows, by the loss of the run's own.
     rate_flags: that set the rates, for the error if training diverges.
   """
 
@@ -35,14 +35,15 @@ class Tuning(NamedTuple):
   global_rate: float
   rate_flags: str
 
-  def score(self, learner, model, values, batches):
+  def score(self, learner, model, values, batches, judge):
     """Returns the evaluator's figures of a model that was tuned.
 
     Args:
       learner: the `Learner`.
       model: the float Keras model; it is not changed.
       values: {name: value} that is tried.
-      batches: of the evaluation, a list of (x, y).
+      batches: of the evaluation, a list of (x, y) that `judge` marked.
+      judge: `Judge`.
     """
     stack = Stack(self.compressors(values))
     student = configure.attach(copied(model), stack)
@@ -61,8 +62,11 @@ class Tuning(NamedTuple):
       )
       student.stack = stack
     if self.global_steps:
+      if learner.run.enbl_dst:
+        student.stack = Stack([*stack.compressors, learner.distillation(model)])
+        student.stack.bind(student)
       self._train(learner, student, self.global_steps, self.global_rate, learner.helper.loss)
-    evaluator, predict = learner.helper.evaluator(), tf.function(student)
+    evaluator, predict = judge.evaluator(), tf.function(student)
     for x, y in batches:
       evaluator.update(y, np.asarray(predict(x, training=False)))
     return evaluator.result()

@@ -119,9 +119,12 @@ list_scripts() {
   printf '%s' "${names[*]}" | sed 's/,/, /g'
 }
 
-# What every worker needs: our packages, and TensorFlow without its start-up messages.
+# What every worker needs: our packages, TensorFlow without its start-up messages, and one arena of
+# glibc's malloc. The others give every large tensor that is freed back to the system, and each step
+# of training then waits for its pages to be mapped again (docs/benchmarks.md, Memory).
 export_run_environment() {
   export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+  export MALLOC_ARENA_MAX=${MALLOC_ARENA_MAX:-1}
   export TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-2}
 }
 

@@ -3,17 +3,21 @@
 import contextlib
 import json
 import signal
+import types
 
 import keras
 import numpy as np
 import pytest
 
-from learners import allocation, main, progress
+from learners import allocation, main, progress, roll_outs
 from learners import bits as bits_module
 from learners.channels import ChannelLearner
+from learners.judge import Judge
 from learners.phases import Phases
 from nets.convnet_at_digits import ModelHelper
 from pocketsize.allocation import allocators, search, sensitivity
+from pocketsize.distillation import distillation_loss
+from pocketsize.errors import UserError
 from pocketsize.latency import LatencyTable
 from tests.test_learners import Killed, assert_same_bits, kill_at, run, weights
 
@@ -393,6 +397,79 @@ def test_held_out_images_are_spread_and_none_of_those_that_are_for_the_result():
   images, dataset = held_out('--eval_split=val')
   fitted = np.concatenate([x for x, _ in dataset.load('fit', batch=60).as_numpy_iterator()])
   np.testing.assert_array_equal(np.concatenate([x for x, _ in images(9999, 100)]), fitted)
+
+
+@pytest.mark.parametrize(('side', 'batch'), [(8, 32), (224, 8), (4000, 1)])
+def test_second_derivatives_are_of_the_loss_of_the_training_in_batches_that_fit(
+  monkeypatch, side, batch
+):
+  """Of images as the data set has them; only how many go with a model of so many pixels counts."""
+  taken = []
+
+  def traces(model, loss, batches, paths, **options):
+    taken.append((loss, batches, paths, options))
+
+  monkeypatch.setattr(allocation, 'traces', traces)
+  learner = main.make_learner(
+    ModelHelper, ['run.py', *UNIFORM, *BITS_BY['hawq'], '--enbl_dst', '--loss_w_dst=2']
+  )
+  model = learner.helper.build()
+  judge, shown = learner._judge(model), allocation._Shown('hawq', 1, quiet=True)
+  task = types.SimpleNamespace(layers=[('conv0', 'conv1'), ('conv1',)])
+  large = types.SimpleNamespace(inputs=[keras.Input((side, side, 3))])
+  learner._traces(large, task, judge, shown.follow)
+  ((loss, batches, paths, options),) = taken
+  assert {len(x) for x, _ in batches} == {batch} and sum(len(x) for x, _ in batches) == 64
+  assert paths == ['conv0', 'conv1']
+  assert (options['iterations'], options['follow']) == (4, shown.follow)
+  x, (labels, wanted) = batches[0]
+  np.testing.assert_allclose(wanted, model(x), atol=1e-5)
+  task_loss = learner.helper.loss(labels, wanted)
+  assert float(loss((labels, wanted), wanted)) == pytest.approx(float(task_loss), abs=1e-5)
+  expected = task_loss + 2.0 * (
+    distillation_loss(wanted * 0.0, wanted, 4.0) - distillation_loss(wanted, wanted, 4.0)
+  )
+  # Even outputs have the loss ln 10 for the labels.
+  assert float(loss((labels, wanted), wanted * 0.0)) == pytest.approx(
+    float(expected - task_loss) + np.log(10.0), rel=1e-4
+  )
+
+
+def test_roll_outs_train_and_are_scored_as_the_run_trains(tmp_path, float_file, monkeypatch):
+  """First towards what layers give, then by the loss of the labels and of the teacher."""
+  trained, judged, evaluator = [], [], Judge.evaluator
+
+  def train(model, *arguments, **options):
+    _, distillation = model.stack.compressors
+    trained.append((distillation.config.weight, distillation.config.feature_weight))
+
+  def counted(self):
+    judged.append(self)
+    return evaluator(self)
+
+  monkeypatch.setattr(roll_outs, 'train', train)
+  monkeypatch.setattr(Judge, 'evaluator', counted)
+  arguments = [*SEARCHES['tuned'], '--enbl_dst', '--loss_w_dst=2', f'--pretrained={float_file}']
+  assert run(tmp_path, *arguments) == 0
+  assert trained == 2 * [(0.0, 1.0), (2.0, 0.0)]
+  # Of the scorer and of two roll-outs, by one teacher.
+  assert len(judged) == 3 and len(set(judged)) == 1
+
+
+@pytest.mark.parametrize('arguments', [SPARSE_BY_AGENT, CHANNEL_BY_AGENT])
+def test_an_agent_of_ratios_visits_them_in_a_random_order(
+  tmp_path, float_file, monkeypatch, arguments
+):
+  """Bits have a flag for it."""
+  asked = []
+
+  def allocate(name, ground):
+    asked.append((name, ground.random_order))
+    raise UserError('Enough is known.')
+
+  monkeypatch.setattr(allocators, 'allocate', allocate)
+  assert run(tmp_path, *arguments, f'--pretrained={float_file}') == 2
+  assert asked == [('rl', True)]
 
 
 def test_weights_are_dropped_where_they_are_worth_least(undisturbed):

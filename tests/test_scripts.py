@@ -37,7 +37,7 @@ def net(tmp_path):
   path.write_text(
     'import json, os, sys\n'
     'print(json.dumps([os.getpid(), sys.argv[1:], os.environ["PYTHONPATH"],\n'
-    '                  os.environ["TF_CPP_MIN_LOG_LEVEL"]]))\n'
+    '                  os.environ["TF_CPP_MIN_LOG_LEVEL"], os.environ["MALLOC_ARENA_MAX"]]))\n'
     'sys.exit(7 if "--fail" in sys.argv else 0)\n'
   )
   return path
@@ -73,10 +73,11 @@ def test_arguments_reach_the_net_as_they_are(net, workers):
     *workers,
     *flags[2:],
     TF_CPP_MIN_LOG_LEVEL=None,
+    MALLOC_ARENA_MAX=None,
     PYTHONPATH=None,
   )
-  _, arguments, python_path, log_level = json.loads(result.stdout)
-  assert (arguments, python_path, log_level) == (flags, str(ROOT), '2')
+  _, arguments, python_path, log_level, arenas = json.loads(result.stdout)
+  assert (arguments, python_path, log_level, arenas) == (flags, str(ROOT), '2', '1')
 
 
 def test_run_local_becomes_the_net_and_passes_its_exit_code(net):
