@@ -38,10 +38,10 @@ def teacher(weight=2.0):
 
 
 def batches():
-  """Of one image and of three, which the teacher sees at 1 and at 0."""
+  """Of three images and of one, which the teacher sees at 1 and at 0."""
   return [
-    (np.ones((1, 1), np.float32), np.array([1])),
-    (np.zeros((3, 1), np.float32), np.array([0, 0, 1])),
+    (np.ones((3, 1), np.float32), np.array([1, 1, 1])),
+    (np.zeros((1, 1), np.float32), np.array([0])),
   ]
 
 
@@ -57,9 +57,9 @@ def test_without_a_teacher_it_is_the_net_itself():
 def test_the_loss_is_that_of_the_training_beyond_its_least():
   judge = Judge(Helper(), teacher())
   (x, y), _ = judge.marked(batches())
-  np.testing.assert_array_equal(y[0], [1])
-  np.testing.assert_allclose(y[1], [[0.0, 2 * LN3]], rtol=1e-6)
-  assert float(judge.loss(y, tf.zeros((1, 2)))) == pytest.approx(
+  np.testing.assert_array_equal(y[0], [1, 1, 1])
+  np.testing.assert_allclose(y[1], 3 * [[0.0, 2 * LN3]], rtol=1e-6)
+  assert float(judge.loss(y, tf.zeros((3, 2)))) == pytest.approx(
     math.log(2.0) + DIVERGENCE, rel=1e-5
   )
   # The teacher's own outputs have the net's loss alone: -ln(9 / 10).
@@ -67,7 +67,7 @@ def test_the_loss_is_that_of_the_training_beyond_its_least():
 
 
 def test_figures_are_the_nets_and_every_image_counts_the_same():
-  """The second batch of three has no divergence: the first one's counts a quarter."""
+  """The second batch, of one, has no divergence: the first one's counts three quarters."""
   judge = Judge(Helper(), teacher())
   evaluator = judge.evaluator()
   for _ in range(2):
@@ -76,5 +76,5 @@ def test_figures_are_the_nets_and_every_image_counts_the_same():
       evaluator.update(y, np.zeros((len(x), 2), np.float32))
     figures = evaluator.result()
     assert list(figures) == ['accuracy', 'loss']
-    assert figures['accuracy'] == 0.5
-    assert figures['loss'] == pytest.approx(math.log(2.0) + DIVERGENCE / 4, rel=1e-5)
+    assert figures['accuracy'] == 0.25
+    assert figures['loss'] == pytest.approx(math.log(2.0) + DIVERGENCE * 3 / 4, rel=1e-5)
