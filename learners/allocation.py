@@ -13,6 +13,7 @@ from typing import NamedTuple
 from learners.judge import Judge
 from learners.learner import Learner
 from learners.progress import ProgressReport
+from learners.training import Diverged
 from pocketsize.allocation import allocators, costs
 from pocketsize.allocation.plot import plot
 from pocketsize.allocation.scoring import Scorer
@@ -95,7 +96,9 @@ class Allotting(Learner):
 
     def score(levels):
       if task.tuning:
-        return task.tuning.score(self, model, problem.values(levels), batches, judge)
+        # What cannot be trained at this rate says nothing about the other choices.
+        with contextlib.suppress(Diverged):
+          return task.tuning.score(self, model, problem.values(levels), batches, judge)
       return scorer.score(task.candidates.kernels(levels))
 
     # The first figure of an evaluator is the one that a net is judged by.

@@ -74,6 +74,7 @@ class AllocationFlags(AgentFlags):
 SEARCHED = tuple(field.name for field in dataclasses.fields(AllocationFlags))
 _AGENT = tuple(field.name for field in dataclasses.fields(AgentFlags))
 _TRACES = ('nb_smpls_trace', 'hawq_iterations', 'hawq_tolerance')
+_ADAPTING = ('ddpg_noise_dst_finl', 'ddpg_noise_adpt_rat')
 BY_ROLL_OUTS = ('rl', 'tpe', 'gp')
 
 
@@ -90,6 +91,14 @@ def check_allocation(config, roll_outs, agent):
     refuse_idle(config, roll_outs, f'--allocation={" or ".join(BY_ROLL_OUTS)}')
   if name != 'rl':
     refuse_idle(config, (*_AGENT, *agent), '--allocation=rl')
+  else:
+    for names, needed, is_set in (
+      (_ADAPTING, '--ddpg_noise_prtl=adapt', config.ddpg_noise_prtl == 'adapt'),
+      (('ddpg_noise_std_finl',), '--ddpg_noise_prtl=tdecy', config.ddpg_noise_prtl == 'tdecy'),
+      (('ddpg_bsln_decy_rate',), '--ddpg_enbl_bsln_func', config.ddpg_enbl_bsln_func),
+    ):
+      if not is_set:
+        refuse_idle(config, names, needed)
   if name != 'hawq':
     refuse_idle(config, _TRACES, '--allocation=hawq')
   config.agent()

@@ -37,6 +37,10 @@ class Stopped(Exception):
     self.step = step
 
 
+class Diverged(UserError):
+  """The loss or a weight is no finite number any more."""
+
+
 class Schedule(NamedTuple):
   """How a phase trains.
 
@@ -228,7 +232,7 @@ class _Loop(keras.callbacks.Callback):
 
   def _diverged(self, what):
     kept = self.checkpoints.latest
-    raise UserError(
+    raise Diverged(
       f'{what} at step {self.step} of {self.schedule.steps}. '
       f'{f"The last good checkpoint is {kept}" if kept else "No checkpoint was written before"}. '
       f'A lower learning rate ({self.schedule.rate_flags}) usually helps.'

@@ -121,6 +121,18 @@ def assert_refused(folder, capfd, arguments, sentence):
       '--uql_enbl_random_layers has no effect without --allocation=rl.',
     ),
     ([*BITS, '--allocation=gp', '--ddpg_tau=0.1'], '--ddpg_tau has no effect without --allocation'),
+    (
+      [*BITS, '--ddpg_noise_adpt_rat=1.1'],
+      '--ddpg_noise_adpt_rat has no effect without --ddpg_noise_prtl=adapt.',
+    ),
+    (
+      [*SPARSE, '--ddpg_noise_prtl=adapt', '--ddpg_noise_std_finl=0.1'],
+      '--ddpg_noise_std_finl has no effect without --ddpg_noise_prtl=tdecy.',
+    ),
+    (
+      [*CHANNEL, '--ddpg_enbl_bsln_func=false', '--ddpg_bsln_decy_rate=0.5'],
+      '--ddpg_bsln_decy_rate has no effect without --ddpg_enbl_bsln_func.',
+    ),
     ([*BITS, '--nb_smpls_trace=64'], '--nb_smpls_trace has no effect without --allocation=hawq'),
     (
       [*BITS, '--uql_tune_global_steps=9'],

@@ -14,8 +14,10 @@ from learners import bits as bits_module
 from learners.channels import ChannelLearner
 from learners.judge import Judge
 from learners.phases import Phases
+from learners.training import Diverged
 from nets.convnet_at_digits import ModelHelper
 from pocketsize.allocation import allocators, search, sensitivity
+from pocketsize.allocation.scoring import Scorer
 from pocketsize.distillation import distillation_loss
 from pocketsize.errors import UserError
 from pocketsize.latency import LatencyTable
@@ -454,6 +456,28 @@ def test_roll_outs_train_and_are_scored_as_the_run_trains(tmp_path, float_file, 
   assert trained == 2 * [(0.0, 1.0), (2.0, 0.0)]
   # Of the scorer and of two roll-outs, by one teacher.
   assert len(judged) == 3 and len(set(judged)) == 1
+
+
+def test_a_roll_out_whose_training_diverges_is_scored_without_it(tmp_path, float_file, monkeypatch):
+  """The first of two; the second is scored after its training, of no step here."""
+  trained = []
+
+  def train(model, *arguments, **options):
+    trained.append(model)
+    if len(trained) == 1:
+      raise Diverged('It grew.')
+
+  monkeypatch.setattr(roll_outs, 'train', train)
+  scored = []
+  score = Scorer.score
+  monkeypatch.setattr(
+    Scorer, 'score', lambda *arguments: scored.append(score(*arguments)) or scored[-1]
+  )
+  assert run(tmp_path, *SEARCHES['tuned'], f'--pretrained={float_file}') == 0
+  first, second = (record['score'] for record in read(tmp_path, 'search.json')['records'])
+  assert len(trained) == 3
+  # Of the model itself, for the names of its figures, and of the first choice.
+  assert scored[1:] == [first] and second not in scored
 
 
 @pytest.mark.parametrize('arguments', [SPARSE_BY_AGENT, CHANNEL_BY_AGENT])

@@ -183,3 +183,15 @@ def test_the_model_stays_as_it_is(case):
   case.made.kernels(np.array([0, 0, 0]))
   for weight, value in zip(Graph(case.model).layers['both'].weights, before[4:6], strict=True):
     np.testing.assert_array_equal(weight, value)
+
+
+def test_kernels_beyond_the_memory_are_refitted_each_time(case):
+  levels = np.array([0, 0, 0])
+  wanted = case.made.kernels(levels)
+  small = Reconstructed(case.units, CHOICES, case.problems, case.method, memory=0)
+  with pytest.warns(UserWarning, match='exceed `memory`'):
+    small.kernels(levels)
+  before = case.method.calls['reconstruct']
+  for path, points in small.kernels(levels).items():
+    np.testing.assert_array_equal(points['kernel'], wanted[path]['kernel'])
+  assert case.method.calls['reconstruct'] == before + 3

@@ -11,6 +11,8 @@ layer by layer, with `Layerwise`.
 
 import numpy as np
 
+from pocketsize.allocation.kept import MEMORY, Kept
+
 
 class Reconstructed:
   """Candidates of a channel problem.
@@ -20,14 +22,15 @@ class Reconstructed:
     choices: {unit name: channels kept at each level, ascending}.
     problems: {path: `gram.Problem`} of all their readers, from the original model.
     method: has `select(problems, places, size, count)` and `reconstruct(problem, rows)`.
+    memory: bytes for kernels that are kept, see `kept.Kept`.
   """
 
-  def __init__(self, units, choices, problems, method):
+  def __init__(self, units, choices, problems, method, memory=MEMORY):
     self._units, self._choices = units, choices
     self._problems, self._method = problems, method
     # In order, so that all workers have the same.
     self._readers = list(dict.fromkeys(path for unit in units for path in unit.readers))
-    self._chosen, self._kernels = {}, {}
+    self._chosen, self._kept = {}, Kept(memory)
 
   def kernels(self, levels):
     """Returns {path: {'kernel': array}} of all readers at [units] levels."""
@@ -56,19 +59,19 @@ class Reconstructed:
     read = [
       (place, int(levels[place])) for place, unit in enumerate(self._units) if path in unit.readers
     ]
-    key = path, *read
-    if key not in self._kernels:
-      problem = self._problems[path]
-      chosen = np.ones(problem.inputs, bool)
-      for place, level in read:
-        places = self._units[place].readers[path]
-        inside = places >= 0
-        chosen[inside] &= self._selected(place, level)[places[inside]]
-      kernel = problem.kernel
-      if not chosen.all():
-        kernel = self._method.reconstruct(problem, problem.rows_of(chosen))
-      self._kernels[key] = kernel.astype(np.float32).reshape(problem.layer.kernel.shape)
-    return self._kernels[key]
+    return self._kept.get((path, *read), lambda: self._made(path, read))
+
+  def _made(self, path, read):
+    problem = self._problems[path]
+    chosen = np.ones(problem.inputs, bool)
+    for place, level in read:
+      places = self._units[place].readers[path]
+      inside = places >= 0
+      chosen[inside] &= self._selected(place, level)[places[inside]]
+    kernel = problem.kernel
+    if not chosen.all():
+      kernel = self._method.reconstruct(problem, problem.rows_of(chosen))
+    return kernel.astype(np.float32).reshape(problem.layer.kernel.shape)
 
   def _selected(self, place, level):
     """Returns [size] bool: the channels of a unit that stay at a level."""

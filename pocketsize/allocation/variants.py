@@ -5,18 +5,16 @@ Each is computed when it is first asked for and kept, since roll-outs ask for th
 
 import dataclasses
 import functools
-import warnings
 
 import keras
 import numpy as np
 
 from pocketsize import targets
+from pocketsize.allocation.kept import MEMORY, Kept
 from pocketsize.graph import Graph
 from pocketsize.instrument import instrument
 from pocketsize.quantization.placing import FLOAT_BITS
 from pocketsize.sparsity.magnitude import magnitude_mask
-
-_GIGABYTE = 2**30
 
 
 class Variants:
@@ -27,11 +25,10 @@ class Variants:
     variables: list of `problem.Variable`s that are named by the paths of layers.
     change: `change(path, point, kernel, choice)` returns the kernel for a choice; `sparse`, or
       what `quantized` returns.
-    memory: bytes for kernels that are kept, as float32; once they are full, kernels that are not
-      among them are computed each time, with a warning. ResNet-50 at seven bits has 0.7 GB.
+    memory: bytes for kernels that are kept, see `kept.Kept`.
   """
 
-  def __init__(self, model, variables, change, memory=2 * _GIGABYTE):
+  def __init__(self, model, variables, change, memory=MEMORY):
     layers = Graph(model).layers
     self._variables = {variable.name: variable for variable in variables}
     self._kernels = {
@@ -42,9 +39,7 @@ class Variants:
       for path in self._variables
     }
     self._change = change
-    self._left = memory
-    self._is_full = False
-    self._kept = {}
+    self._kept = Kept(memory)
     self._errors = {}
 
   def kernels(self, levels):
@@ -73,21 +68,12 @@ class Variants:
     return {path: self._errors[path]}
 
   def _kernel(self, path, point, level):
-    key = path, point, int(level)
-    if key in self._kept:
-      return self._kept[key]
     own = self._kernels[path][point]
-    kernel = self._change(path, point, own, self._variables[path].choices[level])
-    if kernel is own or kernel.nbytes <= self._left:
-      self._left -= 0 if kernel is own else kernel.nbytes
-      self._kept[key] = kernel
-    elif not self._is_full:
-      self._is_full = True
-      warnings.warn(
-        'The kernels of all levels exceed `memory`: those beyond are computed each time.',
-        stacklevel=2,
-      )
-    return kernel
+    return self._kept.get(
+      (path, point, int(level)),
+      lambda: self._change(path, point, own, self._variables[path].choices[level]),
+      own,
+    )
 
 
 def sparse(path, point, kernel, ratio):
