@@ -10,6 +10,9 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
+import tensorflow as tf
+
 from learners.judge import Judge
 from learners.learner import Learner
 from learners.progress import ProgressReport
@@ -177,15 +180,16 @@ class Allotting(Learner):
     With --eval_split=val, when these are for the result, images that are trained on.
     """
     split = 'fit' if self.run.eval_split == 'val' else 'val'
-    samples = min(samples, self.dataset.size(split))
+    size = self.dataset.size(split)
+    samples = min(samples, size)
     batch = min(batch, samples)
-    data = self.dataset.load(
-      split, batch=batch, shard=(0, self.dataset.size(split) // samples)
-    ).take(math.ceil(samples / batch))
-    batches = [(x.numpy(), y.numpy()) for x, y in data]
-    x, y = batches.pop()
-    left = samples - batch * len(batches)
-    return [*batches, (x[:left], y[:left])]
+    every = size // samples
+    # Of one image of so many there are up to twice as many as wanted: those are spread in turn.
+    count = math.ceil(size / every)
+    wanted = np.isin(np.arange(count), np.arange(samples) * count // samples)
+    data = self.dataset.load(split, batch=batch, shard=(0, every)).unbatch().enumerate()
+    data = data.filter(lambda number, _: tf.gather(wanted, number)).batch(batch)
+    return [(x.numpy(), y.numpy()) for _, (x, y) in data]
 
   def own_batches(self, start):
     """Returns endless training batches of no held-out image, the same on all workers."""

@@ -396,6 +396,12 @@ def test_held_out_images_are_spread_and_none_of_those_that_are_for_the_result():
   whole = np.concatenate([x for x, _ in dataset.load('val', batch=60).as_numpy_iterator()])
   np.testing.assert_array_equal(np.concatenate([x for x, _ in images(60, 25)]), whole[::3][:60])
   np.testing.assert_array_equal(np.concatenate([x for x, _ in images(999, 25)]), whole)
+  # Three of four images, and the last of them are not left out.
+  spread = images(135, 25)
+  assert [len(y) for _, y in spread] == [25, 25, 25, 25, 25, 10]
+  np.testing.assert_array_equal(
+    np.concatenate([x for x, _ in spread]), np.delete(whole, np.arange(3, len(whole), 4), axis=0)
+  )
   images, dataset = held_out('--eval_split=val')
   fitted = np.concatenate([x for x, _ in dataset.load('fit', batch=60).as_numpy_iterator()])
   np.testing.assert_array_equal(np.concatenate([x for x, _ in images(9999, 100)]), fitted)
