@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from learners.judge import Judge
 from learners.learner import Learner
-from learners.progress import ProgressReport
+from learners.progress import SearchReport
 from learners.training import Diverged
 from pocketsize.allocation import allocators, costs
 from pocketsize.allocation.plot import plot
@@ -30,8 +30,6 @@ SCORE_BATCH = 250
 # Images of a product for second derivatives: of as many numbers as 8 of 224 x 224 pixels at most.
 TRACE_BATCH = 32
 _TRACE_NUMBERS = 8 * 224 * 224 * 3
-# Roll-outs between two lines where there is no bar.
-SHOWN_EVERY = 10
 
 
 class Task(NamedTuple):
@@ -116,7 +114,7 @@ class Allotting(Learner):
       'reward' if task.reward else {'loss': '-loss', 'metric': judged}[self.config.score_by]
     )
     graph = Graph(model)
-    with _Shown(name, task.rollouts, quiet=not self.runtime.is_chief) as shown:
+    with SearchReport(name, task.rollouts, quiet=not self.runtime.is_chief) as shown:
       ground = allocators.Ground(
         problem=problem,
         sizes=[int(costs.weights(graph, layers).sum()) for layers in task.layers],
@@ -220,35 +218,3 @@ class Allotting(Learner):
       follow=follow,
       **self._workers,
     )
-
-
-class _Shown:
-  """What a search shows on the screen. A context manager."""
-
-  def __init__(self, name, rollouts, quiet):
-    self._title, self._quiet = f'allotting by {name}', quiet
-    self._rollouts, self._best = rollouts, None
-    self._open = contextlib.ExitStack()
-    self._report = None
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, *exception):
-    self._open.close()
-
-  def track(self, done, best):
-    """Shows a round of roll-outs; without a bar every tenth one, and each that is the best."""
-    if self._report is None:
-      self._report = self._open.enter_context(
-        # A search that goes on has done some before: the time left follows from those since then.
-        ProgressReport(self._title, self._rollouts, start=done, quiet=self._quiet)
-      )
-    if best != self._best or done % SHOWN_EVERY == 0:
-      self._best = best
-      self._report.say(done, {'best': f'{best.reward:.4f}', 'cost': f'{best.cost:.4g}'})
-    self._report.advance(done)
-
-  def follow(self, rounds):
-    """Yields rounds, of measured losses or of second derivatives."""
-    return ProgressReport.over(self._title, rounds, quiet=self._quiet)

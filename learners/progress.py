@@ -1,11 +1,15 @@
 """What a long loop shows: a bar with the time left, or plain lines where there is no terminal."""
 
+import contextlib
 import datetime
 import sys
 import time
 
 from rich import progress
 from rich.table import Column
+
+# Roll-outs between two lines where there is no bar.
+SHOWN_EVERY = 10
 
 
 class ProgressReport:
@@ -73,3 +77,41 @@ class ProgressReport:
         rate = (time.monotonic() - self._began) / (step - self.start)
         left = f'  left {datetime.timedelta(seconds=round(rate * (self.total - step)))}'
       print(f'{self.title}: {step}/{self.total}  {text}{left}', flush=True)
+
+
+class SearchReport:
+  """What a search shows on the screen. A context manager.
+
+  Args:
+    name: of the allocator.
+    rollouts: how many there will be.
+    quiet: show nothing.
+  """
+
+  def __init__(self, name, rollouts, quiet):
+    self._title, self._quiet = f'allotting by {name}', quiet
+    self._rollouts, self._best = rollouts, None
+    self._open = contextlib.ExitStack()
+    self._report = None
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *exception):
+    self._open.close()
+
+  def track(self, done, best):
+    """Shows a round of roll-outs; without a bar every tenth one, and each that is the best."""
+    if self._report is None:
+      self._report = self._open.enter_context(
+        # A search that goes on has done some before: the time left follows from those since then.
+        ProgressReport(self._title, self._rollouts, start=done, quiet=self._quiet)
+      )
+    if best != self._best or done % SHOWN_EVERY == 0:
+      self._best = best
+      self._report.say(done, {'best': f'{best.reward:.4f}', 'cost': f'{best.cost:.4g}'})
+    self._report.advance(done)
+
+  def follow(self, rounds):
+    """Yields rounds, of measured losses or of second derivatives."""
+    return ProgressReport.over(self._title, rounds, quiet=self._quiet)

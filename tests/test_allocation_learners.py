@@ -422,7 +422,7 @@ def test_second_derivatives_are_of_the_loss_of_the_training_in_batches_that_fit(
     ModelHelper, ['run.py', *UNIFORM, *BITS_BY['hawq'], '--enbl_dst', '--loss_w_dst=2']
   )
   model = learner.helper.build()
-  judge, shown = learner._judge(model), allocation._Shown('hawq', 1, quiet=True)
+  judge, shown = learner._judge(model), progress.SearchReport('hawq', 1, quiet=True)
   task = types.SimpleNamespace(layers=[('conv0', 'conv1'), ('conv1',)])
   large = types.SimpleNamespace(inputs=[keras.Input((side, side, 3))])
   learner._traces(large, task, judge, shown.follow)
@@ -587,7 +587,7 @@ def test_the_time_left_of_a_search_that_goes_on_follows_from_what_was_done_since
   """Each roll-out takes 6 s; 101 of 200 were done by the first line."""
   now = [50.0]
   monkeypatch.setattr(progress.time, 'monotonic', lambda: now[0])
-  with allocation._Shown('rl', 200, quiet=False) as shown:
+  with progress.SearchReport('rl', 200, quiet=False) as shown:
     best = search.Record(0, [1], 0.5, 0.5, 3.0, 6.0)
     for done in range(101, 111):
       shown.track(done, best)
