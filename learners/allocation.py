@@ -87,12 +87,11 @@ class Allotting(Learner):
     problem, name = task.problem, self.allocator
     judge = self._judge(model)
     batches = judge.marked(self.held_out(self.config.nb_smpls_score, SCORE_BATCH))
-    norms = math.ceil(self.config.nb_smpls_score_bn / self.run.batch_size)
     scorer = Scorer(
       model,
       batches,
       judge.evaluator(),
-      [x.numpy() for x, _ in self.own_batches(0).take(norms)],
+      self.own_images(self.config.nb_smpls_score_bn),
     )
 
     def score(levels):
@@ -198,6 +197,11 @@ class Allotting(Learner):
       training=True,
       start=start,
     )
+
+  def own_images(self, samples):
+    """Returns `samples` images or more, the first of `own_batches`, as a list of whole batches."""
+    batches = self.own_batches(0).take(math.ceil(samples / self.run.batch_size))
+    return [x.numpy() for x, _ in batches]
 
   def _judge(self, model):
     return Judge(self.helper, self.distillation(model) if self.run.enbl_dst else None)

@@ -11,10 +11,11 @@ from learners.roll_outs import Tuning
 from pocketsize import targets
 from pocketsize.allocation import costs
 from pocketsize.allocation.problem import Problem
-from pocketsize.allocation.variants import Variants, sparse
+from pocketsize.allocation.variants import Variants, refitted, sparse
 from pocketsize.errors import UserError
 from pocketsize.graph import Graph
 from pocketsize.options import check_options, option, refuse_idle
+from pocketsize.pruning.sampling import Sampling, is_regression
 from pocketsize.sparsity.magnitude import Magnitude, MagnitudeConfig, heuristic_ratios
 
 # Ratios of a layer to choose from.
@@ -77,6 +78,13 @@ class WeightSparse(Allotting):
     )
     ws_lrn_rate_ft: float = option(3e-4, 'learning rate of Adam for ws_nb_iters_ft', above=0)
 
+    ws_nb_smpls_refit: int = option(
+      1000,
+      'training images from which what is left of each layer is refitted by least squares in a '
+      'roll-out that does not train; 0: it is not',
+      lower=0,
+    )
+
     def __post_init__(self):
       check_options(self)
       if self.ws_iter_ratio_beg > self.ws_iter_ratio_end:
@@ -85,7 +93,8 @@ class WeightSparse(Allotting):
           f'Received: {self.ws_iter_ratio_beg} and {self.ws_iter_ratio_end}.'
         )
       if not self.searches:
-        refuse_idle(self, (*_ROLL_OUTS, *SEARCHED), '--ws_prune_ratio_prtl=optimal')
+        names = (*_ROLL_OUTS, *SEARCHED, 'ws_nb_smpls_refit')
+        refuse_idle(self, names, '--ws_prune_ratio_prtl=optimal')
         return
       check_allocation(self, _ROLL_OUTS, ('ws_nb_rlouts_min',))
       check_start(self, 'ws_nb_rlouts', 'ws_nb_rlouts_min')
@@ -95,11 +104,20 @@ class WeightSparse(Allotting):
         refuse_idle(self, ('ws_lrn_rate_rg',), '--ws_nb_iters_rg')
       if not self.ws_nb_iters_ft:
         refuse_idle(self, ('ws_lrn_rate_ft',), '--ws_nb_iters_ft')
+      if self.trains_roll_outs:
+        refuse_idle(self, ('ws_nb_smpls_refit',), '--ws_nb_iters_rg=0 and --ws_nb_iters_ft=0')
+      if self.allocation == 'hawq':
+        refuse_idle(self, ('ws_nb_smpls_refit',), 'another --allocation than hawq')
 
     @property
     def searches(self):
       """Whether ratios are searched for."""
       return self.ws_prune_ratio_prtl == 'optimal'
+
+    @property
+    def trains_roll_outs(self):
+      """Whether a roll-out is trained before it is scored."""
+      return bool(self.ws_nb_iters_rg or self.ws_nb_iters_ft)
 
   def check(self):
     if self.config.searches:
@@ -133,7 +151,7 @@ class WeightSparse(Allotting):
     graph = Graph(model)
     problem = self.problem(graph)
     tuning = None
-    if self.config.ws_nb_iters_rg or self.config.ws_nb_iters_ft:
+    if self.config.trains_roll_outs:
       regression, training = (
         math.ceil(steps / self.runtime.size)
         for steps in (self.config.ws_nb_iters_rg, self.config.ws_nb_iters_ft)
@@ -148,7 +166,7 @@ class WeightSparse(Allotting):
       )
     return Task(
       problem,
-      Variants(model, problem.variables, sparse),
+      Variants(model, problem.variables, self._change(graph)),
       self.config.ws_nb_rlouts,
       self.config.ws_nb_rlouts_min,
       layers=[(variable.name,) for variable in problem.variables],
@@ -157,6 +175,16 @@ class WeightSparse(Allotting):
       middle=self.config.ws_prune_ratio if self.config.ws_reward_type == 'multi-obj' else None,
       tuning=tuning,
     )
+
+  def _change(self, graph):
+    """Returns the `change` of `Variants`: what a roll-out has in place of a kernel."""
+    # Second derivatives are those of the weights as they are.
+    images = 0 if self.allocator == 'hawq' else self.config.ws_nb_smpls_refit
+    if not images or self.config.trains_roll_outs:
+      return sparse
+    paths = [path for path in targets.weighted_layers(graph) if is_regression(graph.layers[path])]
+    sampling = Sampling(graph, seed=self.run.seed)
+    return refitted(sampling.problems(paths, self.own_images(images)))
 
   def epochs(self):
     return self.helper.epochs()

@@ -133,6 +133,18 @@ def assert_refused(folder, capfd, arguments, sentence):
       [*CHANNEL, '--ddpg_enbl_bsln_func=false', '--ddpg_bsln_decy_rate=0.5'],
       '--ddpg_bsln_decy_rate has no effect without --ddpg_enbl_bsln_func.',
     ),
+    (
+      [*SPARSE, '--ws_prune_ratio_prtl=uniform', '--ws_nb_smpls_refit=9'],
+      '--ws_nb_smpls_refit has no effect without --ws_prune_ratio_prtl=optimal.',
+    ),
+    (
+      [*SPARSE, '--ws_nb_iters_ft=9', '--ws_nb_smpls_refit=9'],
+      '--ws_nb_smpls_refit has no effect without --ws_nb_iters_rg=0 and --ws_nb_iters_ft=0.',
+    ),
+    (
+      [*SPARSE, '--allocation=hawq', '--ws_nb_smpls_refit=0'],
+      '--ws_nb_smpls_refit has no effect without another --allocation than hawq.',
+    ),
     ([*BITS, '--nb_smpls_trace=64'], '--nb_smpls_trace has no effect without --allocation=hawq'),
     (
       [*BITS, '--uql_tune_global_steps=9'],

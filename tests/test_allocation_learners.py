@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import pytest
 
-from learners import allocation, main, progress, roll_outs
+from learners import allocation, main, progress, roll_outs, weight_sparse
 from learners import bits as bits_module
 from learners.channels import ChannelLearner
 from learners.judge import Judge
@@ -18,8 +18,10 @@ from learners.training import Diverged
 from nets.convnet_at_digits import ModelHelper
 from pocketsize.allocation import allocators, search, sensitivity
 from pocketsize.allocation.scoring import Scorer
+from pocketsize.allocation.variants import sparse
 from pocketsize.distillation import distillation_loss
 from pocketsize.errors import UserError
+from pocketsize.graph import Graph
 from pocketsize.latency import LatencyTable
 from tests.test_learners import Killed, assert_same_bits, kill_at, run, weights
 
@@ -515,6 +517,30 @@ def test_weights_are_dropped_where_they_are_worth_least(undisturbed):
   for path, ratio in values.items():
     assert sparsity[path] == pytest.approx(ratio, abs=1 / SIZES[path])
   assert_pictured(folder)
+
+
+@pytest.mark.parametrize(
+  ('flag', 'rows'),
+  [
+    ('--ws_nb_rlouts=51', 10 * 1024),
+    ('--ws_nb_smpls_refit=65', 10 * 128),
+    ('--ws_nb_smpls_refit=0', None),
+    ('--ws_nb_iters_rg=1', None),
+    ('--allocation=hawq', None),
+  ],
+)
+def test_what_is_left_of_a_layer_is_refitted_in_roll_outs(monkeypatch, flag, rows):
+  """To ten positions of each image, in whole batches of 64; second derivatives want it as it is."""
+  given = []
+  monkeypatch.setattr(weight_sparse, 'refitted', lambda problems: given.append(problems) or 'refit')
+  learner = main.make_learner(
+    ModelHelper, ['run.py', '--learner=weight-sparse', '--batch_size=64', flag]
+  )
+  graph = Graph(learner.helper.build())
+  assert learner._change(graph) == (sparse if rows is None else 'refit')
+  if rows is not None:
+    (problems,) = given
+    assert list(problems) == list(SIZES) and problems['conv1'].rows == rows
 
 
 def test_sparse_by_several_objectives_and_tuned_roll_outs(tmp_path, float_file):

@@ -15,6 +15,7 @@ from pocketsize.graph import Graph
 from pocketsize.instrument import instrument
 from pocketsize.quantization.placing import FLOAT_BITS
 from pocketsize.sparsity.magnitude import magnitude_mask
+from pocketsize.sparsity.refit import refit
 
 
 class Variants:
@@ -24,7 +25,7 @@ class Variants:
     model: a built Functional or Sequential model, which does not change from now on.
     variables: list of `problem.Variable`s that are named by the paths of layers.
     change: `change(path, point, kernel, choice)` returns the kernel for a choice; `sparse`, or
-      what `quantized` returns.
+      what `refitted` or `quantized` returns.
     memory: bytes for kernels that are kept, see `kept.Kept`.
   """
 
@@ -85,6 +86,25 @@ def sparse(path, point, kernel, ratio):
     ratio: share to drop, in [0, 1].
   """
   return np.asarray(kernel, np.float32) * magnitude_mask(kernel, ratio)
+
+
+def refitted(problems):
+  """Returns the `change` of `Variants` that drops the smallest weights and refits the others.
+
+  Layers without a problem are not refitted.
+
+  Args:
+    problems: {path: `gram.Problem`}.
+  """
+
+  def change(path, point, kernel, ratio):
+    problem = problems.get(path)
+    if problem is None or not ratio:
+      return sparse(path, point, kernel, ratio)
+    mask = magnitude_mask(kernel, ratio).reshape(problem.kernel.shape)
+    return refit(problem, mask).astype(np.float32).reshape(kernel.shape)
+
+  return change
 
 
 def quantized(model, compressor, configs):

@@ -13,7 +13,8 @@ import numpy as np
 from pocketsize.channel_graph import ChannelGraph
 from pocketsize.graph import Graph, copied
 from pocketsize.pruning import units as units_module
-from pocketsize.pruning.gram import Problem, output_places
+from pocketsize.pruning.gram import Problem
+from pocketsize.pruning.sampling import Sampling
 from pocketsize.pruning.walk import Walk, extended
 from pocketsize.shrink import shrink
 from pocketsize.sparsity.magnitude import Mask
@@ -64,7 +65,8 @@ class Layerwise:
     self._original = Graph(self._reference)
     self._current = Graph(self.model)
     self._units, self._counts, self._method = units, counts, method
-    self._points, self._seed, self._total, self._memory = points, seed, total, memory
+    self._total, self._memory = total, memory
+    self._sampling = Sampling(self._original, points, seed)
     self._chosen = {
       unit.name: keras.Variable(np.full(unit.size, -1.0, 'float32'), trainable=False)
       for unit in units
@@ -80,7 +82,6 @@ class Layerwise:
       ),
     ]
     self._sizes = {path: len(ids) for path, ids in readers.items()}
-    self._index = {node.path: index for index, node in enumerate(self._original.nodes)}
     self.variables = [
       *self.model.weights,
       *self._reference.weights,
@@ -162,20 +163,7 @@ class Layerwise:
     Args:
       paths: in the same order on all workers, which sum them one after the other.
     """
-    problems = {path: Problem(self._original.layers[path]) for path in paths}
-    for number, batch in enumerate(self._batches if paths else ()):
-
-      def call(node, args, kwargs, number=number):
-        if node.path in paths:
-          places = self._places(node.path, args[0].shape, number)
-          problems[node.path].add(args[0], args[0], places)
-        return args[0] if node.is_input else node.operation(*args, **kwargs)
-
-      arrays = batch if isinstance(batch, list | tuple) else [batch]
-      self._original.run(arrays, call, training=False)
-    for problem in problems.values():
-      problem.reduce(self._total)
-    return problems
+    return self._sampling.problems(paths, self._batches, self._total)
 
   def _choose(self, unit, problems):
     count = self._counts[unit.name]
@@ -216,17 +204,10 @@ class Layerwise:
           for graph, values in ((self._original, original), (self._current, current))
         )
         offset = (wanted - got) * scale
-      places = self._places(path, read.shape, number)
+      places = self._sampling.places(path, read.shape, number)
       problem.add(read, np.asarray(original[node.inputs[0]]), places, offset)
     problem.reduce(self._total)
     return problem
-
-  def _places(self, path, shape, number):
-    count = output_places(self._original.layers[path], shape)
-    if self._points is None or self._points >= count:
-      return None
-    rng = np.random.default_rng([self._seed, self._index[path], number])
-    return rng.integers(0, count, (shape[0], self._points))
 
   def _past(self, node):
     """Returns what a layer makes up for, if it ends in an addition, or None.
