@@ -386,15 +386,14 @@ def test_the_seed_places_the_samples():
 
 
 def test_places_differ_by_layer_batch_and_image():
-  made = course('chain', points=4)
+  made = course('chain', points=4)._sampling
   shape = (6, 8, 8, 8)
-  found = [made._places(path, shape, number) for path in ('b', 'c') for number in (0, 1)]
+  found = [made.places(path, shape, number) for path in ('b', 'c') for number in (0, 1)]
   assert all(each.shape == (6, 4) for each in found)
   assert len({each.tobytes() for each in found}) == 4 and (found[0][0] != found[0][1]).any()
   # 16 positions behind the stride; where there are no more than that, all are taken.
   assert found[0].max() < 16
-  made = course('chain', points=16)
-  assert made._places('b', shape, 0) is None
+  assert course('chain', points=16)._sampling.places('b', shape, 0) is None
 
 
 class Workers:

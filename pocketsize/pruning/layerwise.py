@@ -82,6 +82,7 @@ class Layerwise:
       ),
     ]
     self._sizes = {path: len(ids) for path, ids in readers.items()}
+    self._index = {node.path: index for index, node in enumerate(self._original.nodes)}
     self.variables = [
       *self.model.weights,
       *self._reference.weights,
