@@ -124,6 +124,7 @@ class Allotting(Learner):
         reward=reward,
         rollouts=task.rollouts,
         rollouts_min=task.rollouts_min,
+        start=self.config.search_start,
         middle=None if task.middle is None else problem.nearest(task.middle),
         random_order=task.random_order,
         agent=self.config.agent(),

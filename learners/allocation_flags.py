@@ -51,6 +51,12 @@ class AllocationFlags(AgentFlags):
     'does not on so few images, or the metric',
     choices=('loss', 'metric'),
   )
+  search_start: str = option(
+    'uniform',
+    'choice around which rl begins, and that tpe and gp know from the beginning: the same for all, '
+    'or that of hawq or sensitivity',
+    choices=('uniform', 'hawq', 'sensitivity'),
+  )
   nb_smpls_trace: int = option(
     256, 'hawq: held-out training images for second derivatives of the loss', lower=1
   )
@@ -88,7 +94,7 @@ def check_allocation(config, roll_outs, agent):
   """
   name = config.allocation or 'rl'
   if name not in BY_ROLL_OUTS:
-    refuse_idle(config, roll_outs, f'--allocation={" or ".join(BY_ROLL_OUTS)}')
+    refuse_idle(config, (*roll_outs, 'search_start'), f'--allocation={" or ".join(BY_ROLL_OUTS)}')
   if name != 'rl':
     refuse_idle(config, (*_AGENT, *agent), '--allocation=rl')
   else:
@@ -99,8 +105,8 @@ def check_allocation(config, roll_outs, agent):
     ):
       if not is_set:
         refuse_idle(config, names, needed)
-  if name != 'hawq':
-    refuse_idle(config, _TRACES, '--allocation=hawq')
+  if 'hawq' not in (name, config.search_start):
+    refuse_idle(config, _TRACES, '--allocation=hawq or --search_start=hawq')
   config.agent()
 
 

@@ -68,7 +68,8 @@ class SearchFlags(ChannelConfig, AllocationFlags):
     if self.cp_reward_policy != 'flops':
       refuse_idle(self, ('cp_noise_tolerance',), '--cp_reward_policy=flops')
     else:
-      refuse_idle(self, ('cp_preserve_ratio', 'score_by'), '--cp_reward_policy=accuracy')
+      names = ('cp_preserve_ratio', 'score_by', 'search_start')
+      refuse_idle(self, names, '--cp_reward_policy=accuracy')
 
 
 class ChannelSearch(ChannelLearner, Allotting):

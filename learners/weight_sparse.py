@@ -99,7 +99,7 @@ class WeightSparse(Allotting):
       check_allocation(self, _ROLL_OUTS, ('ws_nb_rlouts_min',))
       check_start(self, 'ws_nb_rlouts', 'ws_nb_rlouts_min')
       if self.ws_reward_type == 'multi-obj':
-        refuse_idle(self, ('score_by',), '--ws_reward_type=single-obj')
+        refuse_idle(self, ('score_by', 'search_start'), '--ws_reward_type=single-obj')
       if not self.ws_nb_iters_rg:
         refuse_idle(self, ('ws_lrn_rate_rg',), '--ws_nb_iters_rg')
       if not self.ws_nb_iters_ft:

@@ -145,7 +145,22 @@ def assert_refused(folder, capfd, arguments, sentence):
       [*SPARSE, '--allocation=hawq', '--ws_nb_smpls_refit=0'],
       '--ws_nb_smpls_refit has no effect without another --allocation than hawq.',
     ),
-    ([*BITS, '--nb_smpls_trace=64'], '--nb_smpls_trace has no effect without --allocation=hawq'),
+    (
+      [*BITS, '--allocation=hawq', '--search_start=hawq'],
+      '--search_start has no effect without --allocation=rl or tpe or gp.',
+    ),
+    (
+      [*SPARSE, '--ws_reward_type=multi-obj', '--search_start=hawq'],
+      '--search_start has no effect without --ws_reward_type=single-obj.',
+    ),
+    (
+      [*CHANNEL, '--cp_reward_policy=flops', '--search_start=hawq'],
+      '--search_start has no effect without --cp_reward_policy=accuracy.',
+    ),
+    (
+      [*BITS, '--nb_smpls_trace=64'],
+      '--nb_smpls_trace has no effect without --allocation=hawq or --search_start=hawq',
+    ),
     (
       [*BITS, '--uql_tune_global_steps=9'],
       '--uql_tune_global_steps has no effect without --uql_enbl_rl_global_tune',

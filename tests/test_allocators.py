@@ -193,6 +193,39 @@ def test_a_search_begins_with_the_uniform_choice_and_says_how_far_it_is(allotted
   assert content['rollouts'] == content['done'] == ROLL_OUTS
 
 
+@each_search
+@pytest.mark.parametrize('start', ('hawq', 'sensitivity'))
+def test_a_search_begins_around_another_choice(tmp_path, monkeypatch, name, start):
+  around, searcher = [], allocators.AgentSearcher
+  monkeypatch.setattr(
+    allocators,
+    'AgentSearcher',
+    lambda problem, count, least, middle, **options: (
+      around.append(middle.tolist()) or searcher(problem, count, least, middle, **options)
+    ),
+  )
+  given, scored = ground(bits(), tmp_path, start=start)
+  wanted = allocators.allocate(start, given).levels.tolist()
+  scored.clear()
+  outcome = allocators.allocate(name, given)
+  assert scored[:2] == [[2, 2, 2, 2], wanted] and wanted != scored[0]
+  assert around == ([wanted] if name == 'rl' else [])
+  assert outcome.records[0].levels == scored[0]
+  assert max(record.reward for record in outcome.records) >= -loss(wanted)
+
+
+def test_all_workers_take_part_in_where_a_search_begins(tmp_path, monkeypatch):
+  """Sums over the workers wait for each of them."""
+  asked, searched = [], []
+  monkeypatch.setattr(allocators, 'search', lambda *given, **options: searched.append(options))
+  given, _ = ground(bits(), tmp_path, start='hawq', workers={'rank': 1, 'size': 2})
+  traces = given.traces
+  given = dataclasses.replace(given, traces=lambda: asked.append('traces') or traces())
+  allocators.ALLOCATORS['rl'](given)
+  assert asked == ['traces']
+  assert len(searched[0]['first']) == 2
+
+
 @each_problem
 def test_hawq_and_sensitivity_are_the_best_of_their_tables(tmp_path, make):
   problem = make()

@@ -41,8 +41,9 @@ class Ground:
     seed: of all that is random.
     folder: for search.json and losses.json, a path.
     about: what `search` takes by that name.
-    middle: [variables] levels within the budget with which searches begin, and around which an
-      agent does; None for the uniform choice.
+    start: name of an allocator without roll-outs. Searches score its choice after the uniform one,
+      and an agent begins around it.
+    middle: [variables] levels within the budget that take the place of both; None: they do not.
     workers: {'rank', 'size', 'total'} as for `search`; {} for one.
     broadcast: object -> rank 0's.
     track: `track(done, best)` after each round of roll-outs; see `search`.
@@ -63,6 +64,7 @@ class Ground:
   seed: int
   folder: pathlib.Path
   about: dict
+  start: str = 'uniform'
   middle: Any = None
   workers: dict = dataclasses.field(default_factory=dict)
   broadcast: Callable = lambda value: value
@@ -118,11 +120,11 @@ def _sensitivity(ground):
 def _agent(ground):
   return _searched(
     ground,
-    lambda: AgentSearcher(
+    lambda start: AgentSearcher(
       ground.problem,
       ground.rollouts,
       ground.rollouts_min,
-      _middle(ground),
+      start,
       random_order=ground.random_order,
       config=ground.agent,
       seed=ground.seed,
@@ -131,27 +133,29 @@ def _agent(ground):
 
 
 def _tree_parzen(ground):
-  return _searched(ground, lambda: tpe(ground.problem, ground.seed))
+  return _searched(ground, lambda start: tpe(ground.problem, ground.seed))
 
 
 def _gaussian_process(ground):
-  return _searched(ground, lambda: gp(ground.problem, ground.seed))
-
-
-def _middle(ground):
-  return direct.uniform(ground.problem) if ground.middle is None else ground.middle
+  return _searched(ground, lambda start: gp(ground.problem, ground.seed))
 
 
 def _searched(ground, make):
-  """Returns the `Outcome` of a search by what `make` gives."""
+  """Returns the `Outcome` of a search by what `make(levels to begin around)` gives."""
+  if ground.middle is None:
+    # All workers take part in a start by second derivatives or measured losses.
+    first = [direct.uniform(ground.problem), ALLOCATORS[ground.start](ground)]
+  else:
+    first = [ground.middle]
+  first = [[int(level) for level in levels] for levels in first]
   return search(
     ground.problem,
-    make() if ground.workers.get('rank', 0) == 0 else None,
+    make(np.array(first[-1])) if ground.workers.get('rank', 0) == 0 else None,
     ground.score,
     ground.rollouts,
     path=ground.folder / 'search.json',
     about=ground.about,
-    first=[_middle(ground)],
+    first=first if first[0] != first[-1] else first[:1],
     reward=ground.reward,
     broadcast=ground.broadcast,
     track=ground.track,
