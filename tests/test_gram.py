@@ -27,10 +27,17 @@ def built(layer, x, seed=0):
 
 
 def flat_outputs(layer, x):
-  """Returns [rows, outputs] of a layer without bias and activation, positions in C order."""
-  y = np.array(layer(x))
+  """Returns [rows, outputs] of a layer without bias and activation, positions in C order.
+
+  TensorFlow convolves channels that come first on some processors only, so they come last.
+  """
   if getattr(layer, 'data_format', None) == 'channels_first':
-    y = np.moveaxis(y, 1, -1)
+    x = np.moveaxis(x, 1, -1)
+    last = type(layer).from_config(layer.get_config() | {'data_format': 'channels_last'})
+    last.build(x.shape)
+    last.kernel.assign(layer.kernel)
+    layer = last
+  y = np.array(layer(x))
   return y.reshape(-1, y.shape[-1])
 
 
@@ -129,7 +136,7 @@ def case(first=False, seed=0):
     use_bias=False,
   )
   layer = built(layer, read)
-  return layer, read, original, normal(*layer(read).shape, seed=seed + 2)
+  return layer, read, original, normal(*layer.compute_output_shape(read.shape), seed=seed + 2)
 
 
 def explicit(layer, read, original, offset):

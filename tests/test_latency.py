@@ -3,6 +3,7 @@
 import json
 
 import channels as topologies
+import conversion_models
 import keras
 import numpy as np
 import pytest
@@ -322,6 +323,9 @@ def test_what_is_timed_in_integers_computes_in_integers(format_, monkeypatch):
   assert whole > rest > 0
 
 
+@pytest.mark.skipif(
+  not conversion_models.adds_widely('openvino_int8'), reason='no VNNI, floats are as fast'
+)
 def test_integers_of_a_wide_layer_take_less_than_floats():
   layer, shape = layers.Conv2D(64, 3), (32, 32, 64)
   floats, integers = (

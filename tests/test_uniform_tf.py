@@ -3,6 +3,7 @@
 import json
 import sys
 
+import conversion_models
 import keras
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ def test_all_files_compute_what_tfmot_trained(finished):
     assert files[name]['float_ops'] == 0 and files[name]['int8_ops'] > 0
     assert files[name]['note'] == ''
     difference = files[name]['metrics']['accuracy'] - report['compressed']['metrics']['accuracy']
-    assert abs(difference) <= 0.01
+    assert abs(difference) <= (0.01 if conversion_models.adds_widely(name) else 0.03)
   # One step of the output for LiteRT and ONNX Runtime.
   model = keras.models.load_model(finished / 'quantized.keras', compile=False)
   low, high = model.transforms_at('dense', 'output')[0].range()

@@ -97,6 +97,8 @@ def session_options(threads):
   # Level 1 is float32; the default quantizes the inputs of dense layers whose weights alone are
   # int8.
   options.add_session_config_entry('session.qdq_matmulnbits_accuracy_level', '1')
+  # On x86 processors without VNNI the default adds products of int8 in 16 bits, which overflow.
+  options.add_session_config_entry('session.x64quantprecision', '1')
   return options
 
 
