@@ -1,9 +1,6 @@
 """Small models of the shapes that exporting has to get right, with weights in realistic ranges."""
 
 import functools
-import pathlib
-import platform
-import re
 
 import keras
 import numpy as np
@@ -20,17 +17,6 @@ from pocketsize.quantization.shared import SharedActivationQuantizer
 from pocketsize.transform import Placement
 
 SIZE = 12
-
-
-def adds_widely(format_):
-  """Returns whether the runtime of a format adds products of int8 without overflow here.
-
-  OpenVINO adds pairs of them in 16 bits on x86 processors without VNNI; so does ONNX Runtime,
-  unless it is told not to, as we do.
-  """
-  if format_ != 'openvino_int8' or platform.machine() != 'x86_64':
-    return True
-  return re.search(r'\bavx(512)?_vnni\b', pathlib.Path('/proc/cpuinfo').read_text()) is not None
 
 
 def _image():

@@ -3,7 +3,6 @@
 import json
 
 import channels as topologies
-import conversion_models
 import keras
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from pocketsize import conversion, targets
 from pocketsize.channel_graph import ChannelGraph
 from pocketsize.conversion.formats import QUANTIZED_FORMATS
 from pocketsize.conversion.inspection import count_ops
+from pocketsize.conversion.processor import overflows
 from pocketsize.errors import UserError
 from pocketsize.graph import Graph
 from pocketsize.latency import INTEGER_RUNTIMES, RUNTIMES, LatencyTable, predicted, relative
@@ -323,9 +323,7 @@ def test_what_is_timed_in_integers_computes_in_integers(format_, monkeypatch):
   assert whole > rest > 0
 
 
-@pytest.mark.skipif(
-  not conversion_models.adds_widely('openvino_int8'), reason='no VNNI, floats are as fast'
-)
+@pytest.mark.skipif(overflows('openvino_int8'), reason='no VNNI, floats are as fast')
 def test_integers_of_a_wide_layer_take_less_than_floats():
   layer, shape = layers.Conv2D(64, 3), (32, 32, 64)
   floats, integers = (

@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 
+from pocketsize.conversion import processor
 from pocketsize.conversion.formats import QUANTIZED_FORMATS
 from pocketsize.conversion.inspection import count_ops
 from pocketsize.conversion.runners import Runner, open_file
@@ -72,7 +73,7 @@ def verify_files(files, batches, references, evaluator, latency_rounds=30, track
         'max_abs_diff': difference,
         'int8_ops': int8_ops,
         'float_ops': float_ops,
-        'note': file.note,
+        'note': '; '.join(filter(None, (file.note, processor.note(file.format)))),
       }
     )
   for entry, milliseconds in zip(
