@@ -9,8 +9,9 @@ import pytest
 
 # Before anything imports TensorFlow: its log lines would stand among the messages that tests read.
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
-# As in the library, for test modules that import OpenVINO before it does.
+# As in the library, for test modules that import OpenVINO or ONNX Runtime before it does.
 sys.modules.setdefault('openvino_telemetry', None)
+os.environ.setdefault('ORT_DISABLE_TELEMETRY', '1')
 # TensorFlow's tracing makes so many objects that looking for cycles takes a seventh of the suite.
 gc.set_threshold(200_000, 20, 50)
 

@@ -1,6 +1,7 @@
 """What exporting refuses, verification, and the command lines."""
 
 import errno
+import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import openvino
 import pytest
 
 from pocketsize import conversion
+from pocketsize.conversion import errors
 from pocketsize.errors import UserError
 from pocketsize.instrument import instrument, strip
 from pocketsize.quantization.quantizers import ActivationQuantizer
@@ -246,3 +248,17 @@ def test_command_lines_say_what_is_wrong(arguments, message, tmp_path):
   result = _tool(*arguments)
   assert result.returncode == 2
   assert message in result.stderr and 'Traceback' not in result.stderr
+
+
+@pytest.mark.parametrize(('given', 'expected'), [(None, '1'), ('0', '0')])
+def test_onnx_runtime_reports_nothing_to_its_maker_unless_the_user_says_so(
+  monkeypatch, given, expected
+):
+  """It reads the variable when it is imported."""
+  monkeypatch.setitem(sys.modules, 'onnxruntime', None)
+  monkeypatch.delenv('ORT_DISABLE_TELEMETRY', raising=False)
+  if given:
+    monkeypatch.setenv('ORT_DISABLE_TELEMETRY', given)
+  with pytest.raises(UserError, match='onnxruntime'):
+    errors.require('onnxruntime', 'to run ONNX files')
+  assert os.environ['ORT_DISABLE_TELEMETRY'] == expected

@@ -1,6 +1,7 @@
 """What went wrong in a converter, in one sentence."""
 
 import importlib
+import os
 import re
 import sys
 
@@ -29,10 +30,10 @@ def require(module, purpose):
     UserError: its package is missing or broken.
   """
   package = _PACKAGES[module.partition('.')[0]]
-  if package == 'openvino':
-    # It reports imports and conversions to its maker, from a fork of the process, where it finds
-    # this package and no refusal of the user's.
-    sys.modules.setdefault('openvino_telemetry', None)
+  # Both report to their makers unless the user refused: OpenVINO imports and conversions, from a
+  # fork of the process, where it finds this package; ONNX Runtime sessions, from its own threads.
+  sys.modules.setdefault('openvino_telemetry', None)
+  os.environ.setdefault('ORT_DISABLE_TELEMETRY', '1')
   try:
     return importlib.import_module(module)
   except ImportError as error:
