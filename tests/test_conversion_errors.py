@@ -13,7 +13,7 @@ import openvino
 import pytest
 
 from pocketsize import conversion
-from pocketsize.conversion import errors
+from pocketsize.conversion import errors, verification
 from pocketsize.errors import UserError
 from pocketsize.instrument import instrument, strip
 from pocketsize.quantization.quantizers import ActivationQuantizer
@@ -139,10 +139,11 @@ def test_open_file_refuses_what_it_cannot_run(tmp_path):
     conversion.open_file(file.path)(np.zeros((1, 3, 12, 12), np.float32))
 
 
-def test_verify_reports_what_the_file_did(tmp_path):
+def test_verify_reports_what_the_file_did(tmp_path, monkeypatch):
   model = quantized()
   x = models.samples()
   references = {True: np.asarray(model(x)), False: np.asarray(strip(model)(x))}
+  monkeypatch.setattr(verification.processor, 'note', {'openvino': 'It differs here.'}.get)
   files = conversion.export(model, tmp_path, ['tflite', 'tflite_int8', 'openvino'])
   batches = [(x[:20], np.zeros(20)), (x[20:], np.zeros(12))]
   entries = conversion.verify_files(
@@ -150,6 +151,8 @@ def test_verify_reports_what_the_file_did(tmp_path):
   )
   assert [entry['format'] for entry in entries] == ['tflite', 'tflite_int8', 'openvino']
   assert all(entry['metrics'] == {'samples': 32.0} and entry['latency_ms'] > 0 for entry in entries)
+  # After what the file itself differs by, of which there is nothing here.
+  assert [entry['note'] for entry in entries] == ['', '', 'It differs here.']
   assert entries[0]['max_abs_diff'] < 1e-5 < entries[1]['bytes'] < entries[0]['bytes']
   assert (entries[1]['int8_ops'], entries[1]['float_ops']) == (4, 0)
   parts = [tmp_path / 'model.xml', tmp_path / 'model.bin']

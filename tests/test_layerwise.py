@@ -321,7 +321,7 @@ def test_what_is_still_to_be_pruned_is_not_made_up_for():
   """Of two branches with projections the one that is pruned last compensates."""
   made = course('projection')
   last = [step for step in made.steps if step in ('two2', 'shortcut')]
-  past = [made._past(made._original.nodes[made._index[step]]) for step in last]
+  past = [made._past(made._original.nodes[made._sampling.index[step]]) for step in last]
   assert past[0] is None
   graph = made._original
   assert graph.producer(past[1][0]).path == f'{last[0]}_bn'
@@ -334,7 +334,7 @@ def test_channels_that_a_normalization_makes_tiny_make_up_for_nothing():
   gamma = np.array(layer.gamma)
   gamma[2] = 1e-6
   layer.gamma.assign(gamma)
-  _, _, scale = made._past(made._original.nodes[made._index['body/b']])
+  _, _, scale = made._past(made._original.nodes[made._sampling.index['body/b']])
   expected = np.sqrt(np.array(layer.moving_variance) + layer.epsilon) / gamma
   np.testing.assert_allclose(scale, np.where(np.arange(6) == 2, 0.0, expected), rtol=1e-5)
 
@@ -345,7 +345,7 @@ def test_nothing_is_compensated_behind_a_nonlinearity():
   x = keras.layers.Conv2D(6, 1, activation='relu', name='branch')(inputs)
   model = keras.Model(inputs, keras.layers.Add()([trunk, x]))
   made = Layerwise(model, [], {}, Lasso(), [])
-  assert made._past(made._original.nodes[made._index['branch']]) is None
+  assert made._past(made._original.nodes[made._sampling.index['branch']]) is None
 
 
 def state(made):
@@ -494,7 +494,7 @@ def test_what_was_trained_in_between_is_read_after_a_restart():
   bias.assign(np.full(bias.shape, 3.0))
   made.restart()
   made.do('c')
-  node = made._current.nodes[made._index['c']]
+  node = made._current.nodes[made._sampling.index['c']]
   read = _value(made._current, node.inputs[0], np.concatenate(batches()))
   original = _value(made._original, node.inputs[0], np.concatenate(batches()))
   problem = Problem(made._original.layers['c'])

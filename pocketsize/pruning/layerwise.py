@@ -82,7 +82,6 @@ class Layerwise:
       ),
     ]
     self._sizes = {path: len(ids) for path, ids in readers.items()}
-    self._index = {node.path: index for index, node in enumerate(self._original.nodes)}
     self.variables = [
       *self.model.weights,
       *self._reference.weights,
@@ -192,10 +191,10 @@ class Layerwise:
 
   def _problem(self, path):
     """Returns the layer's regression, with the current model's inputs."""
-    node = self._original.nodes[self._index[path]]
+    node = self._original.nodes[self._sampling.index[path]]
     problem = Problem(node.operation)
     past = self._past(node)
-    for number, (original, current) in enumerate(self._walk.at(self._index[path])):
+    for number, (original, current) in enumerate(self._walk.at(self._sampling.index[path])):
       read = np.asarray(current[node.inputs[0]])
       offset = None
       if past is not None:
@@ -238,7 +237,7 @@ class Layerwise:
     others = [number for number in consumers[0].inputs if number != tensor]
     if len(others) != 1 or graph.shape(others[0]) != graph.shape(tensor):
       return None
-    positions = self._ahead(others[0], self._index[node.path])
+    positions = self._ahead(others[0], self._sampling.index[node.path])
     return None if positions is None else (others[0], positions, scale)
 
   def _ahead(self, tensor, index):

@@ -3,13 +3,12 @@
 import numpy as np
 
 from pocketsize.pruning.gram import Problem, output_places
-
-_LAYERS = ('Conv1D', 'Conv2D', 'Conv3D', 'Dense')
+from pocketsize.pruning.units import CONVOLUTIONS
 
 
 def is_regression(layer):
   """Returns whether a layer multiplies one kernel with patches of all its inputs."""
-  return type(layer).__name__ in _LAYERS and getattr(layer, 'groups', 1) == 1
+  return type(layer).__name__ in (*CONVOLUTIONS, 'Dense') and getattr(layer, 'groups', 1) == 1
 
 
 class Sampling:
@@ -19,11 +18,14 @@ class Sampling:
     graph: `Graph` of the original model.
     points: positions of each sample; None for all.
     seed: of the positions, which are a function of it, the layer and the batch.
+
+  Attributes:
+    index: {path: number of the layer's last call among the graph's nodes}.
   """
 
   def __init__(self, graph, points=10, seed=0):
     self._graph, self._points, self._seed = graph, points, seed
-    self._index = {node.path: index for index, node in enumerate(graph.nodes)}
+    self.index = {node.path: index for index, node in enumerate(graph.nodes)}
 
   def places(self, path, shape, number):
     """Returns [batch, points] numbers of output positions, or None for all of them.
@@ -34,7 +36,7 @@ class Sampling:
     count = output_places(self._graph.layers[path], shape)
     if self._points is None or self._points >= count:
       return None
-    rng = np.random.default_rng([self._seed, self._index[path], number])
+    rng = np.random.default_rng([self._seed, self.index[path], number])
     return rng.integers(0, count, (shape[0], self._points))
 
   def problems(self, paths, batches, total=lambda array: array):

@@ -1,9 +1,9 @@
 """What is left of a layer, refitted to what the whole layer gives: least squares under a mask.
 
-What PocketFlow's roll-outs reach by steps of Adam, layer by layer, in closed form: given X'X and
-X'Y (`gram.Problem`), no image is needed. Every output has a mask of its own, so each is a problem
-of its own; they are solved side by side by conjugate gradients, of which a step is one product of
-matrices.
+What PocketFlow's roll-outs reach by steps of Adam, layer by layer, is solved for at once: given X'X
+and X'Y (`gram.Problem`), no image is needed. Every output has a mask of its own, so each is a
+problem of its own; they are solved side by side by conjugate gradients, of which a step is one
+product of matrices.
 """
 
 import numpy as np
