@@ -104,9 +104,10 @@ class DiscriminationAware(Layerwise):
       for end, tensor in self._ends.items()
     }
     self._ends[None], self._heads[None] = self._original.outputs[0], None
+    order = self._sampling.index
     self._block = {
       path: next(
-        block for block, end in self.blocks.items() if not end or self._index[path] <= first[end]
+        block for block, end in self.blocks.items() if not end or order[path] <= first[end]
       )
       for path in self.steps[1:]
     }
@@ -217,7 +218,7 @@ class DiscriminationAware(Layerwise):
 
   def _gradient(self, path):
     """Returns (kernel, mask) -> the gradient of L_M + L_p by kernel * mask, on the next batch."""
-    index, end = self._index[path], self.blocks[self._block[path]]
+    index, end = self._sampling.index[path], self.blocks[self._block[path]]
     head, original = self._heads[end], self._original.layers[path]
 
     def loss(y, x):
