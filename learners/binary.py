@@ -9,7 +9,7 @@ from pocketsize.errors import UserError
 from pocketsize.graph import Graph
 from pocketsize.options import check_options, option
 from pocketsize.quantization.binary import Binary, BinaryConfig
-from pocketsize.quantization.binary_quantizers import MODES
+from pocketsize.quantization.binary_quantizers import MODES, SCALE_INITIALISERS
 
 # Of the polynomial on which the learning rate falls.
 _EXPONENT = 2.1
@@ -35,6 +35,12 @@ class BinaryLearner(Learner):
 
     bin_mode: str = option(
       'xnor', "binary weights' scale: of each output channel, or of the layer", choices=MODES
+    )
+    bin_scale_init: str = option(
+      'quantile',
+      "where activations' scale begins: with a thousandth of them above it, or with the least "
+      'squared error',
+      choices=tuple(SCALE_INITIALISERS),
     )
     bin_epochs: int = option(60, 'epochs of training in all stages', lower=1)
     bin_activations_epoch: float | None = option(
@@ -98,6 +104,7 @@ class BinaryLearner(Learner):
       self._begin('bin_weights_epoch'),
       keep_ends=not self.config.bin_binarize_ends,
       keep_shortcuts=self.config.bin_skip_shortcuts,
+      scale_init=self.config.bin_scale_init,
     )
     rules = [targets.Rule(config)]
     if self.config.bin_skip_op_names:

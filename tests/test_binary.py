@@ -128,6 +128,14 @@ def test_stages_by_steps(begins, stages):
   assert ''.join(compressor.stage(step).name[0] for step in range(6)) == stages
 
 
+def test_the_scale_begins_as_configured():
+  starts = []
+  for scale_init in ('quantile', 'mse'):
+    model, _ = binary(conv_net(), activations_begin_step=0, scale_init=scale_init)
+    starts.append(float(model.transforms_at('conv1', 'input')[0].start))
+  assert 0 < starts[1] < starts[0]
+
+
 def test_each_stage_switches_on_its_part():
   model, stack = binary(conv_net(), activations_begin_step=2, weights_begin_step=4)
   (activation,), (kernel,) = (model.transforms_at('conv1', point) for point in ('input', 'kernel'))
@@ -277,7 +285,13 @@ def test_stripped_kernels_are_binary_and_activations_are_not_in_it():
 
 
 @pytest.mark.parametrize(
-  'bad', [{'mode': 'tern'}, {'activations_begin_step': -1}, {'weights_begin_step': -3}]
+  'bad',
+  [
+    {'mode': 'tern'},
+    {'scale_init': 'max'},
+    {'activations_begin_step': -1},
+    {'weights_begin_step': -3},
+  ],
 )
 def test_nonsense_is_refused(bad):
   with pytest.raises(UserError, match=f'`{next(iter(bad))}` must be .*Received: '):

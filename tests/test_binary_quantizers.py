@@ -11,6 +11,7 @@ from pocketsize.quantization.binary_quantizers import (
   BinaryActivation,
   BinaryKernel,
   binary_activation,
+  least_error_scale,
   top_quantile,
 )
 from pocketsize.quantization.quantizers import WeightQuantizer
@@ -194,6 +195,24 @@ def test_the_top_quantile_by_hand(count, quantile):
   assert float(top_quantile(tf.constant(values.reshape(1, -1)))) == quantile
 
 
+@pytest.mark.parametrize('shift', [0.0, -0.5, 1.0])
+def test_the_scale_of_least_error_against_all_scales(shift):
+  x = np.maximum(np.random.default_rng(1).normal(shift, 1.0, 20_000), 0).astype(np.float32)
+  found = float(least_error_scale(tf.constant(x)))
+  scales = np.linspace(0.05, x.max(), 400)
+  errors = [np.sum((x - np.where(x > s / 2, s, 0)) ** 2) for s in scales]
+  assert np.sum((x - np.where(x > found / 2, found, 0)) ** 2) <= min(errors) * 1.001
+  assert abs(found - scales[np.argmin(errors)]) < 0.05
+
+
+@pytest.mark.parametrize(
+  ('values', 'scale'), [([0, 0, 1, 2, 3], 2.5), ([-9, 4, 1, 6], 5), ([0, -1], 0), ([-2, -1], -1)]
+)
+def test_the_scale_of_least_error_by_hand(values, scale):
+  """[1, 2, 3]: from 3, those above 1.5 give 2.5, and so do those above 1.25."""
+  assert float(least_error_scale(tf.constant(values, tf.float32))) == scale
+
+
 @pytest.mark.parametrize('compiled', [False, True])
 def test_the_first_training_batch_that_comes_while_it_is_on_sets_the_scale(compiled):
   activation = BinaryActivation()
@@ -223,7 +242,7 @@ def test_a_batch_without_positive_values_gives_the_least_scale():
   ('kind', 'arguments'),
   [
     (BinaryKernel, {'mode': 'dorefa', 'channel_axes': (0, 1)}),
-    (BinaryActivation, {'channel_axis': 1}),
+    (BinaryActivation, {'channel_axis': 1, 'scale_init': 'mse'}),
   ],
 )
 def test_a_config_makes_an_equal_quantizer(kind, arguments):

@@ -12,6 +12,7 @@ from pocketsize.compressor import Compressor, Stage, register
 from pocketsize.errors import UserError
 from pocketsize.quantization.binary_quantizers import (
   MODES,
+  SCALE_INITIALISERS,
   BinaryActivation,
   BinaryKernel,
   Switched,
@@ -33,6 +34,8 @@ class BinaryConfig:
     weights_begin_step: the step from which its kernel is; None: never.
     keep_ends: the first and the last layer of the model stay float.
     keep_shortcuts: 1x1 convolutions beside the other layers of a residual block stay float.
+    scale_init: where the scale of activations begins: 'quantile', with a thousandth of them above
+      it; 'mse', with the least squared error.
   """
 
   mode: str = 'xnor'
@@ -40,10 +43,13 @@ class BinaryConfig:
   weights_begin_step: int | None = 0
   keep_ends: bool = True
   keep_shortcuts: bool = False
+  scale_init: str = 'quantile'
 
   def __post_init__(self):
-    if self.mode not in MODES:
-      raise UserError(f'`mode` must be one of {", ".join(MODES)}. Received: {self.mode!r}.')
+    for name, legal in (('mode', MODES), ('scale_init', SCALE_INITIALISERS)):
+      if getattr(self, name) not in legal:
+        received = getattr(self, name)
+        raise UserError(f'`{name}` must be one of {", ".join(legal)}. Received: {received!r}.')
     for name in ('activations_begin_step', 'weights_begin_step'):
       step = getattr(self, name)
       if step is not None and step < 0:
@@ -77,7 +83,8 @@ class Binary(Compressor):
       layer = graph.layers[path]
       if config.activations_begin_step is not None:
         is_first = getattr(layer, 'data_format', None) == 'channels_first'
-        placements.append(Placement(path, 'input', BinaryActivation(1 if is_first else -1)))
+        binary = BinaryActivation(1 if is_first else -1, config.scale_init)
+        placements.append(Placement(path, 'input', binary))
       if config.weights_begin_step is not None:
         axes = targets.channel_axes(layer, 'kernel')
         placements.append(Placement(path, 'kernel', BinaryKernel(config.mode, axes)))

@@ -20,8 +20,9 @@ from pocketsize.transform import Codes, Grid, Transform
 # Which weights share the scale mean |w|: XNOR-Net, equation 6, and DoReFa-Net, section 2.3.
 GRANULARITY_BY_MODE = {'xnor': 'channel', 'dorefa': 'tensor'}
 MODES = tuple(GRANULARITY_BY_MODE)
-# The scale of activations begins where so many of them lie above it.
+# The scale of activations begins where so many of them lie above it, with 'quantile'.
 TOP_SHARE = 0.001
+_LLOYD_ROUNDS = 20
 
 
 def binary_kernel(rows):
@@ -39,6 +40,24 @@ def top_quantile(x, share=TOP_SHARE):
   flat = tf.reshape(x, (-1,))
   count = tf.cast(tf.round(share * tf.cast(tf.size(flat), tf.float32)), tf.int32)
   return tf.math.top_k(flat, tf.maximum(count, 1)).values[-1]
+
+
+def least_error_scale(x):
+  """Returns s for which the squares of x - s [x > s / 2] have their least sum, or nearly so.
+
+  Lloyd's iterations from the `top_quantile`: s becomes the mean of all values above s / 2. Without
+  a positive value it is that quantile.
+  """
+  scale = top_quantile(x)
+  for _ in range(_LLOYD_ROUNDS):
+    above = tf.cast(x > scale / 2.0, x.dtype)
+    count = tf.reduce_sum(above)
+    scale = tf.where(scale > 0.0, tf.reduce_sum(x * above) / tf.maximum(count, 1.0), scale)
+  return scale
+
+
+# Where the scale of activations begins, from one batch of them.
+SCALE_INITIALISERS = {'quantile': top_quantile, 'mse': least_error_scale}
 
 
 def step_function(x, scale, threshold):
@@ -147,19 +166,20 @@ class BinaryKernel(Switched, KernelQuantizer):
 class BinaryActivation(Switched, Calibrated):
   """Binary activations, 0 and s, with trained scale and thresholds (see `binary_activation`).
 
-  s = start * exp(p) and t = sigmoid(p') of each channel, with p = p' = 0 at first. `start` is the
-  `top_quantile` of the first training batch that comes while it is on, unless calibration set it.
-  Until then, and while it is off, the input is left as it is.
+  s = start * exp(p) and t = sigmoid(p') of each channel, with p = p' = 0 at first. `start` is of
+  the first training batch that comes while it is on, unless calibration set it. Until then, and
+  while it is off, the input is left as it is.
 
   Args:
     channel_axis: the axis of the input that counts channels.
+    scale_init: what `start` is, 'quantile' for `top_quantile` or 'mse' for `least_error_scale`.
   """
 
   bits = 1
 
-  def __init__(self, channel_axis=-1, **kwargs):
+  def __init__(self, channel_axis=-1, scale_init='quantile', **kwargs):
     super().__init__(**kwargs)
-    self.channel_axis = channel_axis
+    self.channel_axis, self.scale_init = channel_axis, scale_init
 
   def build(self, shape):
     self.build_switch()
@@ -185,18 +205,19 @@ class BinaryActivation(Switched, Calibrated):
       self.start.assign(0.0)
 
   def initialiser(self):
-    return _MeanTopQuantile()
+    return _MeanStart(SCALE_INITIALISERS[self.scale_init])
 
-  def set_range(self, quantile):
+  def set_range(self, start):
     """Sets the scale with which training begins."""
-    self.start.assign(max(quantile, LEAST_WIDTH))
+    self.start.assign(max(start, LEAST_WIDTH))
 
   def call(self, x, training=None):
     is_on, start = self.on.value > 0.0, self.start.value
     if training:
+      initial = SCALE_INITIALISERS[self.scale_init]
       start = tf.cond(
         is_on & (start <= 0.0),
-        lambda: tf.maximum(top_quantile(tf.stop_gradient(x)), LEAST_WIDTH),
+        lambda: tf.maximum(initial(tf.stop_gradient(x)), LEAST_WIDTH),
         lambda: tf.identity(self.start.value),
       )
       self.start.assign(start)
@@ -214,17 +235,18 @@ class BinaryActivation(Switched, Calibrated):
     return lambda x: step_function(x, scale, threshold)
 
   def get_config(self):
-    return {**super().get_config(), 'channel_axis': self.channel_axis}
+    config = {'channel_axis': self.channel_axis, 'scale_init': self.scale_init}
+    return {**super().get_config(), **config}
 
 
-class _MeanTopQuantile:
-  """The mean of the batches' `top_quantile`s."""
+class _MeanStart:
+  """The mean of where the scale would begin with each batch."""
 
-  def __init__(self):
-    self._quantiles = []
+  def __init__(self, initial):
+    self._initial, self._starts = initial, []
 
   def update(self, batch):
-    self._quantiles.append(float(top_quantile(tf.constant(batch))))
+    self._starts.append(float(self._initial(tf.constant(batch))))
 
   def result(self):
-    return (float(np.mean(self._quantiles)),)
+    return (float(np.mean(self._starts)),)
