@@ -525,7 +525,14 @@ def compared(task, agent):
 @pytest.mark.parametrize(
   ('task', 'config', 'rollouts', 'buffer_size', 'every', 'margin'),
   [
-    (Target, DdpgConfig(tau=0.05, noise_std_init=0.3, noise_std_finl=0.02), 60, 200, 1, 0.3),
+    (
+      Target,
+      DdpgConfig(tau=0.05, lrn_rate=0.002, noise_std_init=0.3, noise_std_finl=0.02),
+      60,
+      200,
+      1,
+      0.3,
+    ),
     (
       Pendulum,
       DdpgConfig(tau=0.02, gamma=0.95, lrn_rate=0.002, noise_std_init=0.3, noise_std_finl=0.02),
