@@ -1,13 +1,11 @@
 """Flags from dataclass fields: one source for name, type, default, help and legal values."""
 
 import dataclasses
-import types
-import typing
 
 from absl import flags
 
 from pocketsize.errors import UserError
-from pocketsize.options import legal_values
+from pocketsize.options import legal_values, type_of
 
 _DEFINE = {
   bool: flags.DEFINE_bool,
@@ -72,11 +70,9 @@ def refuse(values, config_type, chosen, owner, received):
 
 
 def _define(values, config_type, field):
-  hint = typing.get_type_hints(config_type)[field.name]
-  if isinstance(hint, types.UnionType):
-    hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
+  kind, _ = type_of(config_type, field.name)
   flag_help = f'{field.metadata["help"]}; {legal_values(config_type, field.name)}'
-  _DEFINE[hint](field.name, field.default, flag_help, flag_values=values)
+  _DEFINE[kind](field.name, field.default, flag_help, flag_values=values)
 
 
 def _usage(program, config_types, values):

@@ -4,6 +4,7 @@ Flags, the documentation's tables and the error messages are all derived from wh
 """
 
 import dataclasses
+import functools
 import math
 import types
 import typing
@@ -47,10 +48,19 @@ def with_default(config_class, name, default):
   return dataclasses.field(default=default, metadata=field.metadata)
 
 
+def type_of(config_class, name):
+  """Returns the type of the option `name` without its `None`, and whether it may be None."""
+  hint = _hints(config_class)[name]
+  if isinstance(hint, types.UnionType):
+    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+    return kinds[0], type(None) in typing.get_args(hint)
+  return hint, False
+
+
 def legal_values(config_class, name):
   """Returns in words what the option `name` may be, such as 'a finite number above 0'."""
   field = config_class.__dataclass_fields__[name]
-  kind, optional = _kind(config_class, name)
+  kind, optional = type_of(config_class, name)
   if field.metadata.get('choices') is not None:
     words = 'one of ' + ', '.join(str(choice) for choice in field.metadata['choices'])
   else:
@@ -72,7 +82,7 @@ def check_options(config):
   """
   for field in dataclasses.fields(config):
     value = getattr(config, field.name)
-    if not _is_legal(value, field.metadata, *_kind(type(config), field.name)):
+    if not _is_legal(value, field.metadata, *type_of(type(config), field.name)):
       raise UserError(
         f'--{field.name} must be {legal_values(type(config), field.name)}. Received: {value!r}.'
       )
@@ -92,13 +102,9 @@ def refuse_idle(config, names, without):
       raise UserError(f'--{name} has no effect without {without}. Received: --{name}={value}.')
 
 
-def _kind(config_class, name):
-  """The type of an option without its `None`, and whether it may be None."""
-  hint = typing.get_type_hints(config_class)[name]
-  if isinstance(hint, types.UnionType):
-    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
-    return kinds[0], type(None) in typing.get_args(hint)
-  return hint, False
+@functools.cache
+def _hints(config_class):
+  return typing.get_type_hints(config_class)
 
 
 def _is_legal(value, metadata, kind, optional):

@@ -7,8 +7,6 @@ import pathlib
 import pkgutil
 import re
 import sys
-import types
-import typing
 
 from absl import flags
 
@@ -17,7 +15,7 @@ from learners import main as learners_main
 from learners.config import RunConfig
 from nets import model_helper
 from pocketsize import compressor
-from pocketsize.options import legal_values
+from pocketsize.options import legal_values, type_of
 from tools import command
 
 PAGE = pathlib.Path(__file__).resolve().parents[2] / 'docs' / 'flags.md'
@@ -93,7 +91,7 @@ def _options(config_type, fields=None, none='It has no flags of its own.\n', som
     [
       (
         f'`{field.name}`',
-        _type(config_type, field),
+        _kind(config_type, field),
         _default(field),
         legal_values(config_type, field.name),
         field.metadata['help'],
@@ -109,16 +107,14 @@ def _keys(config_type):
   return _table(
     ('key', 'type', 'default', 'meaning'),
     [
-      (f'`{field.name}`', _type(config_type, field), _default(field), meanings[field.name])
+      (f'`{field.name}`', _kind(config_type, field), _default(field), meanings[field.name])
       for field in dataclasses.fields(config_type)
     ],
   )
 
 
-def _type(config_type, field):
-  hint = typing.get_type_hints(config_type)[field.name]
-  kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-  return next(kind.__name__ for kind in kinds if kind is not type(None))
+def _kind(config_type, field):
+  return type_of(config_type, field.name)[0].__name__
 
 
 def _default(field):
