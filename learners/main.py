@@ -3,6 +3,7 @@
 import difflib
 import errno
 import importlib
+import os
 import pkgutil
 import re
 import signal
@@ -95,7 +96,7 @@ def run(helper_class):
   """Runs the learner that the command line asks for and ends the process.
 
   Exit codes: 0 done; 1 another worker failed; 2 a mistake of the user, in one sentence; 128 + n
-  stopped by signal n.
+  stopped by signal n, or, with that of a broken pipe, because nobody reads the output any more.
   """
 
   def interrupt(number, frame):
@@ -119,6 +120,10 @@ def run_with(helper_class, argv):
     return _complain(str(error), USER_ERROR)
   except (Stopped, Interrupted) as stopped:
     return _complain(str(stopped), 128 + stopped.signal_number)
+  except BrokenPipeError:
+    # Who read the output wants no more of it, as `head`; Python would complain when it ends.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + signal.SIGPIPE
   except (OSError, RuntimeError, tf.errors.OpError) as error:
     if _is_disk_full(error):
       return _complain(
