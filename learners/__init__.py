@@ -26,9 +26,6 @@ def _quiet_start():
 
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
-# TensorFlow's own choice is oneDNN only where a processor has AVX-512 VNNI or AMX; its convolutions
-# are two to three times as fast as Eigen's with AVX2 too (docs/benchmarks.md, Convolutions).
-os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '1')
 with _quiet_start():
   import tensorflow as tf
 

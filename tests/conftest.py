@@ -7,10 +7,8 @@ import sys
 
 import pytest
 
-# Before anything imports TensorFlow, as in the learners' package: its log lines would stand among
-# the messages that tests read, and all processors compute by the same kernels.
+# Before anything imports TensorFlow: its log lines would stand among the messages that tests read.
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
-os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '1')
 # As in the library, for test modules that import OpenVINO or ONNX Runtime before it does.
 sys.modules.setdefault('openvino_telemetry', None)
 os.environ.setdefault('ORT_DISABLE_TELEMETRY', '1')

@@ -1,6 +1,5 @@
 """One process, and two real workers under horovodrun on this machine."""
 
-import importlib
 import importlib.util
 import os
 import pathlib
@@ -13,7 +12,6 @@ import keras
 import numpy as np
 import pytest
 
-import learners
 from learners import runtime as runtime_lib
 from pocketsize.errors import UserError
 from tests.workers import averaging
@@ -45,16 +43,6 @@ def finish(process, seconds=90):
   finally:
     process.kill()
   return process.returncode, out, err
-
-
-@pytest.mark.parametrize(('own', 'expected'), [(None, '1'), ('0', '0')])
-def test_convolutions_are_onednns_unless_the_user_says_otherwise(monkeypatch, own, expected):
-  # By `setenv` first, so that what the package sets is undone afterwards.
-  monkeypatch.setenv('TF_ENABLE_ONEDNN_OPTS', own or '')
-  if own is None:
-    monkeypatch.delenv('TF_ENABLE_ONEDNN_OPTS')
-  importlib.reload(learners)
-  assert os.environ['TF_ENABLE_ONEDNN_OPTS'] == expected
 
 
 def test_one_process_is_its_own_chief_and_changes_nothing():
