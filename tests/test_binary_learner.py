@@ -50,12 +50,18 @@ def test_the_learning_rate_by_hand():
   assert rates == pytest.approx([0.01 * rate for rate in expected], abs=1e-12)
 
 
+def test_the_start_of_the_scale_is_the_flags():
+  (compressor,) = learner(bin_scale_init='mse').compressors(None, 600)
+  assert compressor.rules[0].config.scale_init == 'mse'
+
+
 def test_without_flags_the_stages_are_sixths_of_the_epochs():
   """12 epochs: activations at 2, weights at 4, the rate falls from 8 to 12, no decay from 8."""
   made = learner(bin_epochs=12)
   (compressor,) = made.compressors(None, 120)
   config = compressor.rules[0].config
   assert (config.activations_begin_step, config.weights_begin_step) == (20, 40)
+  assert config.scale_init == 'quantile'
   assert [made.tuning_rate(step, 120) for step in (0, 80, 100, 120)] == pytest.approx(
     [1e-3, 1e-3, 1e-3 * 0.5**2.1, 0]
   )

@@ -232,6 +232,12 @@ def test_the_first_training_batch_that_comes_while_it_is_on_sets_the_scale(compi
     np.testing.assert_allclose(y, [[start, 0.0]] if start else [[value, 1.0]], rtol=1e-6)
 
 
+def test_the_first_training_batch_sets_the_scale_of_least_error():
+  activation = built(BinaryActivation(scale_init='mse'), (None, 4))
+  activation(tf.constant([[-9.0, 4.0, 1.0, 6.0]]), training=True)
+  assert float(activation.start) == 5
+
+
 def test_a_batch_without_positive_values_gives_the_least_scale():
   activation = built(BinaryActivation(), (None, 2))
   np.testing.assert_array_equal(activation(tf.constant([[-1.0, 0.0]]), training=True), [[0, 0]])
