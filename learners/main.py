@@ -6,6 +6,7 @@ import importlib
 import os
 import pkgutil
 import re
+import select
 import signal
 import sys
 
@@ -121,6 +122,8 @@ def run_with(helper_class, argv):
   except (Stopped, Interrupted) as stopped:
     return _complain(str(stopped), 128 + stopped.signal_number)
   except BrokenPipeError:
+    if not _is_output_closed():
+      raise
     # Who read the output wants no more of it, as `head`; Python would complain when it ends.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 128 + signal.SIGPIPE
@@ -144,6 +147,13 @@ def _mistake_in(error):
   """The message of a UserError that a tf.data pipeline raised, or None: it comes out as text."""
   found = re.search(rf'\b{UserError.__name__}: (.*)', str(error))
   return found and found[1]
+
+
+def _is_output_closed():
+  # Errors are always reported: on a pipe, that nobody can read it any more.
+  output = select.poll()
+  output.register(sys.stdout.fileno(), 0)
+  return any(event & select.POLLERR for _, event in output.poll(0))
 
 
 def _is_disk_full(error):
