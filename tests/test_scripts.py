@@ -53,6 +53,12 @@ def test_scripts_pass_shellcheck():
   assert result.returncode == 0, result.stdout
 
 
+def test_a_module_is_tested_by_one_process(request):
+  if not request.config.getoption('loadgroup', False):
+    pytest.skip('not a process of xdist that runs groups')
+  assert request.node.nodeid.endswith('@test_scripts')
+
+
 def test_requirements_agree_with_constraints():
   def pins(name):
     lines = (ROOT / name).read_text().splitlines()
