@@ -420,6 +420,17 @@ def test_the_first_training_batch_sets_a_range_and_no_later_one(kind, arguments)
   assert quantizer.range() == (low, high)
 
 
+@pytest.mark.parametrize(('kind', 'arguments'), KINDS[1:])
+def test_training_goes_on_from_an_end_that_a_step_took_below_zero(kind, arguments):
+  quantizer = built(kind, bits=4, **arguments)
+  quantizer.high.assign(-0.75)
+  x = np.float32([[0.1, 0.4, 2.0]])
+  expected = quantizer(x, training=False).numpy()
+  assert expected.any()
+  np.testing.assert_array_equal(quantizer(x, training=True).numpy(), expected)
+  assert float(quantizer.high) == -0.75
+
+
 @every_kind
 @pytest.mark.parametrize('bits', [2, 8])
 def test_values_lie_on_the_levels_of_the_range_that_files_get(kind, arguments, bits):

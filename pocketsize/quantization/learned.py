@@ -128,19 +128,23 @@ class LearnedRange(RangeQuantizer):
 
   def set_range(self, low, high):
     low = 0.0 if self.nonnegative else low
-    self._start(low, max(high, low + LEAST_WIDTH))
+    self._assign(*self._trained_ends(low, max(high, low + LEAST_WIDTH)))
 
-  def _start(self, low, high):
+  def _trained_ends(self, low, high):
+    return low, high if self.low is not None else tf.maximum(-low, high)
+
+  def _assign(self, low, high):
     if self.low is not None:
       self.low.assign(low)
-    self.high.assign(high if self.low is not None else tf.maximum(-low, high))
+    self.high.assign(high)
 
   def observe(self, x):
     low = 0.0 if self.low is None else self.low.value
-    self._start(
+    # A range that is set stays, also if training took `high` below 0, where its size counts.
+    self._assign(
       *tf.cond(
         tf.equal(self.high.value, low),
-        lambda: self.ends(tf.stop_gradient(x)),
+        lambda: self._trained_ends(*self.ends(tf.stop_gradient(x))),
         lambda: (tf.convert_to_tensor(low), tf.convert_to_tensor(self.high.value)),
       )
     )
