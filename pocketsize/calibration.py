@@ -177,17 +177,3 @@ def _without_memory(layers):
   finally:
     for layer, momentum in zip(layers, momenta, strict=True):
       layer.momentum = momentum
-
-
-def check_ranges(model):
-  """Raises a UserError that names the activation quantizers of `model` without data, if any."""
-  unseen = [
-    path
-    for path, _, transform in model.placements
-    if isinstance(transform, Calibrated) and transform.is_on and not transform.has_range
-  ]
-  if unseen:
-    raise UserError(
-      f'The activation ranges of {", ".join(unseen)} never saw data: train the model, or give '
-      '`calibration` batches, before it is exported.'
-    )

@@ -2,12 +2,14 @@
 
 import keras
 import numpy as np
+import tensorflow as tf
+from keras.src.backend.common.stateless_scope import in_stateless_scope
 
 from pocketsize import fused_bn
 from pocketsize.calls import call_with_weights, with_preactivation
 from pocketsize.errors import UserError
 from pocketsize.graph import Graph, copied, functional
-from pocketsize.transform import Placement
+from pocketsize.transform import Placement, check_data
 
 ACTIVATION_POINTS = ('input', 'preactivation', 'output')
 
@@ -115,6 +117,10 @@ class Instrumented(keras.Model):
     return np.array(keras.ops.convert_to_numpy(self.transformed(path, point)))
 
   def call(self, inputs, training=None):
+    # Symbolic calls, such as of a model around this one, compute nothing yet.
+    if not training and not in_stateless_scope():
+      with tf.init_scope():
+        check_data(self.placements)
     observe = self.stack.observe if self.stack and training else None
     return self.run(inputs, training, observe=observe)
 

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import keras
 import numpy as np
 
+from pocketsize.errors import UserError
+
 
 class Grid(NamedTuple):
   """The values that a quantized kernel can take: `code * scale`.
@@ -60,11 +62,13 @@ class Transform(keras.layers.Layer):
     order: transforms of one placement run in ascending order: masks 10, quantizers 20.
     is_on: whether it changes anything at all; what waits for its step is off until then.
     is_shareable: whether it may stand at several places, for what it knows has no shape of theirs.
+    needs_data: whether what it computes in inference means nothing yet, for want of data.
   """
 
   order = 0
   is_shareable = False
   is_on = True
+  needs_data = False
 
   def __init__(self, **kwargs):
     super().__init__(**kwargs)
@@ -101,3 +105,14 @@ class Placement(NamedTuple):
   path: str
   point: str
   transform: Transform
+
+
+def check_data(placements):
+  """Raises a UserError that names the places of `Placement`s whose transforms need data, if any."""
+  paths = list(dict.fromkeys(path for path, _, transform in placements if transform.needs_data))
+  if paths:
+    named = ', '.join(map(repr, paths[:3])) + (f' and {len(paths) - 3} more' * (len(paths) > 3))
+    raise UserError(
+      f'The activation quantizers at {named} never saw data: train the model, or give '
+      '`calibration` batches, before it is evaluated or exported.'
+    )

@@ -59,7 +59,7 @@ def test_a_quantizer_without_data_is_named(tmp_path):
   model = instrument(
     models.BUILDERS['plain'](), [Placement('image', 'output', ActivationQuantizer(8))]
   )
-  with pytest.raises(UserError, match="'image' has seen no data"):
+  with pytest.raises(UserError, match="'image' never saw data"):
     conversion.export(model, tmp_path)
 
 

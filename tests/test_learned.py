@@ -10,7 +10,6 @@ from toys import compile_for_logits, conv_net, images, labels
 
 import pocketsize
 from learners.training import _decayed
-from pocketsize.calibration import check_ranges
 from pocketsize.compressor import CompressionCallback
 from pocketsize.errors import UserError
 from pocketsize.quantization.asymmetric import AsymmetricWeightQuantizer
@@ -548,9 +547,9 @@ def test_the_penalty_of_pact_is_part_of_the_loss():
 @pytest.mark.parametrize('kind', ['running', 'learned', 'learned_symmetric', 'pact'])
 def test_a_range_without_data_is_one_sentence(kind, tmp_path):
   model, _ = pocketsize.compress(conv_net(), [{**LEARNED, 'activation_range': kind}])
-  with pytest.raises(UserError, match=r"'.*' has seen no data: calibrate or train the model"):
+  with pytest.raises(UserError, match='never saw data: train the model'):
     pocketsize.export(model, tmp_path, ['tflite_int8'])
   with pytest.raises(UserError, match='never saw data: train the model'):
-    check_ranges(model)
+    model(images())
   with pytest.raises(UserError, match='Activation ranges need data'):
     pocketsize.calibrate(model, [])

@@ -7,11 +7,11 @@ import keras
 
 from pocketsize import folding, targets
 from pocketsize.conversion import integer, kernels
-from pocketsize.errors import UserError
 from pocketsize.graph import Graph
 from pocketsize.instrument import ACTIVATION_POINTS, Instrumented
 from pocketsize.quantization.placement import JOINING, MOVING
 from pocketsize.quantization.range_quantizer import RangeQuantizer
+from pocketsize.transform import check_data
 
 
 class Deployed:
@@ -44,6 +44,8 @@ class Deployed:
     # Whether a transform is on, and what it computes with, cannot be read while converting.
     placements = model.placements if instrumented else []
     self._placements = [placement for placement in placements if placement.transform.is_on]
+    # A float file has no quantizer but those that are operations.
+    check_data(each for each in self._placements if quantized or each.transform.operations())
     self.weights_by_path = _transformed_weights(model) if instrumented else {}
     self._operations = self._read_operations()
     self._ranges = self._read_ranges()
@@ -111,7 +113,6 @@ class Deployed:
       function = transform.operations()
       if function is None:
         continue
-      _check_range(path, transform)
       operations[transform] = function
       if self.quantized:
         self._note(f'{transform.bits}-bit activations as float32 operations', path)
@@ -132,7 +133,6 @@ class Deployed:
       if bits > 8:
         ranges[place.transform] = None
         continue
-      _check_range(place.path, place.transform)
       ranges[place.transform] = place.transform.range()
     return ranges
 
@@ -218,14 +218,6 @@ class Deployed:
   def _range_at(self, node, point='output'):
     ranges = [self.range(transform) for transform in self.transforms(node.path, point)]
     return next((low_high for low_high in reversed(ranges) if low_high), None)
-
-
-def _check_range(path, quantizer):
-  if not quantizer.has_range:
-    raise UserError(
-      f'The activation quantizer at {path!r} has seen no data: calibrate or train the model before '
-      'it is exported.'
-    )
 
 
 def _transformed_weights(model):

@@ -19,6 +19,10 @@ class Calibrated(Transform, abc.ABC):
   def has_range(self):
     """Whether it has seen data."""
 
+  @property
+  def needs_data(self):
+    return self.is_on and not self.has_range
+
   @abc.abstractmethod
   def initialiser(self):
     """Returns a new object that sees batches by `update(array)`.
