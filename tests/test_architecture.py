@@ -20,7 +20,7 @@ MODULES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob('*
 NAMES = [str(path.relative_to(ROOT)) for path in MODULES]
 LONGEST = 400
 # The bridge to tfmot, and what takes part in it.
-TFMOT = tuple(f'pocketsize/quantization/{name}.py' for name in ('twin', 'tfmot_bridge'))
+TFMOT = tuple(f'pocketsize/quantization/{name}.py' for name in ('twin', 'stand_in', 'tfmot_bridge'))
 
 
 def tree_of(name):

@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 
-import keras
 import numpy as np
 import pytest
 
@@ -42,19 +41,13 @@ def _randomized(module, **options):
 )
 def test_the_twin_computes_the_same(module, options):
   model = _randomized(module, **options)
-  twin = build_twin(model).model
+  twin, _, refused = build_twin(model)
+  # Or a step would be compared with one that leaves weights out.
+  assert refused == {}
   x = np.random.default_rng(6).normal(size=(3, *model.input_shape[1:])).astype(np.float32)
   np.testing.assert_allclose(twin(x), model(x), atol=1e-4, rtol=1e-4)
   assert np.ptp(model(x), axis=0).min() > 1e-3
   assert twin.count_params() == model.count_params()
-
-
-@needs_references
-@pytest.mark.parametrize('operation', [keras.layers.PReLU(name='odd'), keras.ops.negative])
-def test_what_has_no_twin_is_refused(operation):
-  inputs = keras.Input((4,))
-  with pytest.raises(ValueError, match='A tf_keras twin has .* Received: '):
-    build_twin(keras.Model(inputs, operation(inputs)))
 
 
 @needs_references

@@ -1,6 +1,7 @@
 """tfmot's quantization-aware training: where it quantizes, that it trains our own variables."""
 
 import importlib
+import re
 
 import keras
 import numpy as np
@@ -15,7 +16,7 @@ from toys import MODELS, compile_for_logits, conv_net, images, labels
 import pocketsize
 from pocketsize import calibration, configure, conversion
 from pocketsize.compressor import CompressionCallback, Stack, Stage
-from pocketsize.errors import UserError
+from pocketsize.errors import UserError, first_sentence
 from pocketsize.quantization import tfmot_bridge
 from pocketsize.quantization.last_value import LastValueQuantizer
 from pocketsize.quantization.tfmot import Tfmot, TfmotConfig
@@ -86,6 +87,49 @@ def refused_net():
   return keras.Model(inputs, layers.Dense(4, name='head')(x), name='refused_net')
 
 
+@keras.saving.register_keras_serializable('test_tfmot')
+class Halves(layers.Layer):
+  """The first two channels, scaled, and the others."""
+
+  def build(self, shape):
+    self.scale = self.add_weight(shape=(2,), initializer='ones', name='scale')
+
+  def call(self, x):
+    return x[..., :2] * self.scale, x[..., 2:]
+
+
+@keras.saving.register_keras_serializable('test_tfmot')
+class Tower(keras.Model):
+  """A subclassed model, whose layers nobody sees."""
+
+  def __init__(self, **kwargs):
+    super().__init__(**kwargs)
+    self.conv = layers.Conv2D(4, 1)
+    self.drop = layers.Dropout(0.25)
+
+  def build(self, shape):
+    self.conv.build(shape)
+
+  def call(self, x, training=None):
+    return self.drop(self.conv(x), training=training)
+
+
+def foreign_net():
+  """What tf_keras has no layer for, also in a nested model, among layers that tfmot quantizes."""
+  keras.utils.set_random_seed(8)
+  x = inputs = keras.Input((8, 8, 3))
+  x = layers.LayerNormalization(name='norm')(layers.Conv2D(4, 3, name='conv')(x))
+  one, other = Halves(name='halves')(x)
+  x = layers.Concatenate(name='join')([layers.Conv2D(2, 1, name='one')(one), other, one])
+  base = keras.Model(inputs, x, name='base')
+  x = inputs = keras.Input((8, 8, 3), name='images')
+  x = layers.ELU(name='elu')(base(x))
+  x = layers.Conv2D(4, 1, activation='relu', name='relu')(x[:, 1:, ::2])
+  x = Tower(name='tower')(keras.ops.multiply(x, x))
+  x = layers.GlobalAveragePooling2D(name='pool')(x)
+  return keras.Model(inputs, layers.Dense(4, name='head')(x), name='foreign_net')
+
+
 def test_places_are_those_of_tfmot():
   model, stack = attached(conv_net())
   assert places(model) == {
@@ -143,7 +187,7 @@ def test_a_kernel_before_a_relu_layer_is_not_forgotten():
   np.testing.assert_allclose(model(images()), without_tfmot(model, images()), atol=1e-6)
 
 
-@pytest.mark.parametrize('make', [*MODELS.values(), each_kind_net, refused_net])
+@pytest.mark.parametrize('make', [*MODELS.values(), each_kind_net, refused_net, foreign_net])
 def test_what_tfmot_trains_is_what_our_quantizers_compute(make):
   """The grids are the same: before and after training, and all that trains has moved."""
   model, stack = attached(make())
@@ -156,8 +200,9 @@ def test_what_tfmot_trains_is_what_our_quantizers_compute(make):
   assert np.abs(model(images()) - model.source(images())).max() > 1e-4
 
 
-def test_a_saved_model_needs_no_tfmot(tmp_path):
-  model, stack = attached(each_kind_net())
+@pytest.mark.parametrize('make', [each_kind_net, foreign_net])
+def test_a_saved_model_needs_no_tfmot(make, tmp_path):
+  model, stack = attached(make())
   fit(model, stack)
   model.save(tmp_path / 'model.keras')
   loaded = keras.models.load_model(tmp_path / 'model.keras', compile=False)
@@ -204,6 +249,63 @@ def test_refused_layers_stay_float_and_are_reported():
   assert quantized == {'images', 'conv0', 'gate', 'pool', 'head'}
 
 
+def test_what_tf_keras_has_not_stays_float_and_is_reported():
+  model, stack = attached(foreign_net(), quant_delay=1)
+  assert {re.sub(r'_\d+$', '', path): reason for path, reason in stack.skipped.items()} == {
+    path: f'the tf_keras twin has no {what}, it stays float'
+    for path, what in {
+      'base/norm': 'LayerNormalization',
+      'base/halves': 'custom Halves',
+      'elu': 'ELU',
+      'get_item': 'GetItem',
+      'multiply': 'Multiply of a constant, or of one tensor twice',
+      'tower': 'custom Tower',
+    }.items()
+  }
+  assert places(model) == {
+    ('images', 'output'): None,
+    ('base/conv', 'kernel'): 'channel',
+    ('base/conv', 'output'): None,
+    ('base/one', 'kernel'): 'channel',
+    ('base/one', 'output'): None,
+    ('base/join', 'output'): None,
+    ('relu', 'kernel'): 'channel',
+    ('relu', 'output'): None,
+    ('pool', 'output'): None,
+    ('head', 'kernel'): 'tensor',
+    ('head', 'output'): None,
+  }
+  np.testing.assert_allclose(model(images()), model.source(images()), atol=1e-6)
+  once, again = (np.array(model(images(), training=True)) for _ in range(2))
+  assert np.abs(once - again).max() > 1e-3
+
+
+def test_masks_and_integers():
+  """Of words, of which there are fewer in some rows."""
+  inputs = keras.Input((5,), dtype='int32')
+  x = layers.Embedding(9, 4, mask_zero=True)(inputs)
+  x = layers.LSTM(4, return_sequences=True)(layers.Dense(4, name='inside')(x))
+  x = layers.Dense(4, name='head')(layers.GlobalAveragePooling1D()(x))
+  stack = Stack([Tfmot(TfmotConfig(quant_delay=1))])
+  model = configure.attach(keras.Model(inputs, x), stack)
+  rows = np.array([[1, 2, 3, 0, 0], [4, 5, 6, 7, 8]])
+  calibration.calibrate(model, [rows])
+  np.testing.assert_allclose(model(rows), model.source(rows), atol=1e-6)
+  stack.update(1)
+  np.testing.assert_allclose(model(rows), without_tfmot(model, rows), atol=1e-6)
+  assert {path for path, _ in places(model)} == {'inside', 'head'}
+
+
+def test_the_int8_file_of_a_model_that_is_partly_float(tmp_path):
+  model, stack = attached(foreign_net())
+  fit(model, stack)
+  (file,) = conversion.export(model, tmp_path, ['tflite_int8'])
+  (got,) = conversion.open_file(file.path)(images(32, seed=9))
+  low, high = model.transforms_at('head', 'output')[0].range()
+  assert np.abs(got - model(images(32, seed=9))).max() <= 1.01 * (high - low) / 255
+  assert min(conversion.inspection.count_ops(file.path)) > 0
+
+
 def test_a_layer_inside_a_nested_model_is_reported_by_its_path():
   inner = keras.Sequential([keras.Input((8, 3)), layers.Conv1D(2, 3, name='odd')], name='inner')
   inputs = keras.Input((8, 3), name='rows')
@@ -219,6 +321,34 @@ def test_a_model_of_refused_layers_only_is_an_error():
   model = keras.Model(inputs, layers.Conv1D(2, 3, name='odd')(inputs), name='odd_net')
   with pytest.raises(UserError, match="no layer of 'odd_net': odd: tfmot has no quantization for"):
     configure.attach(model, Stack([Tfmot(TfmotConfig())]))
+
+
+def test_a_model_that_tf_keras_has_nothing_of_is_an_error():
+  inputs = keras.Input((8, 3))
+  model = keras.Model(inputs, layers.ELU(name='odd')(inputs), name='odd_net')
+  with pytest.raises(UserError, match="no layer of 'odd_net': odd: the tf_keras twin has no ELU"):
+    configure.attach(model, Stack([Tfmot(TfmotConfig())]))
+
+
+@pytest.mark.parametrize(
+  'text, expected',
+  [
+    ('It is odd. It is\nlong.', 'It is odd'),
+    ('<function elu at 0x7f2a> is odd.', 'elu is odd'),
+    ('', 'ValueError'),
+    (
+      'Exception encountered when calling layer "a" (type A).\n\nIt is odd.\n\nCall arguments',
+      'It is odd',
+    ),
+    (
+      'Exception encountered when calling layer "a" (type A).\n\nin user code:\n\n    File "a.py", '
+      'line 1, in call  *\n        return b(x)\n\n    TypeError: b() is odd\n\n\nCall arguments',
+      'b() is odd',
+    ),
+  ],
+)
+def test_a_reason_is_the_first_sentence_of_an_error(text, expected):
+  assert first_sentence(ValueError(text)) == expected
 
 
 def test_several_inputs_and_outputs():

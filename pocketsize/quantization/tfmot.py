@@ -72,7 +72,7 @@ class Tfmot(Compressor):
   def plan(self, graph):
     twin = build_twin(graph.model)
     layers, refused = annotated(twin, graph)
-    self.skipped, self._layers, placements = {}, [], {}
+    self.skipped, self._layers, placements = dict(twin.refused), [], {}
     for node, names in zip(graph.nodes, twin.names, strict=True):
       # What is random is left to Keras, whose random state is a variable.
       is_random = type(node.operation).__name__ in IDENTITIES

@@ -6,7 +6,7 @@ import keras
 import tensorflow as tf
 
 from pocketsize.conversion.errors import require
-from pocketsize.errors import UserError
+from pocketsize.errors import UserError, first_sentence
 
 # What a batch norm may follow, with nothing in between, to be quantized together with it.
 _BEFORE_BATCH_NORM = ('Conv2D', 'DepthwiseConv2D', 'Dense')
@@ -51,17 +51,13 @@ def annotated(twin, graph):
       refused[culprit] = (
         _no_scheme(twin.model.get_layer(culprit))
         if 'is not supported' in str(error)
-        else f'tfmot refuses it: {_first_sentence(error)}'
+        else f'tfmot refuses it: {first_sentence(error)}'
       )
+  reasons = {**twin.refused, **refused}
   raise UserError(
     f'tfmot quantizes no layer of {graph.model.name!r}: '
-    f'{"; ".join(f"{name}: {reason}" for name, reason in refused.items())}.'
+    f'{"; ".join(f"{name}: {reason}" for name, reason in reasons.items())}.'
   )
-
-
-def _first_sentence(error):
-  named = re.sub(r'<function (\w+) at \w+>', r'\1', str(error))
-  return re.split(r'\.\s|\.$|\n', named)[0]
 
 
 def _no_scheme(layer):

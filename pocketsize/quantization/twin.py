@@ -1,7 +1,8 @@
 """The tf_keras twin of a Keras 3 model: the same computation in layers that tfmot knows.
 
 tfmot compresses tf_keras models only. The twin is flat, since tfmot refuses nested models, and has
-a layer for each call, since it does not follow a layer that is called twice.
+a layer for each call, since it does not follow a layer that is called twice. Where tf_keras has no
+such layer, the Keras operation stands in the twin, and stays float.
 """
 
 from typing import NamedTuple
@@ -10,10 +11,13 @@ import keras
 import numpy as np
 
 from pocketsize.conversion.errors import require
-from pocketsize.errors import UserError
+from pocketsize.errors import first_sentence
 from pocketsize.graph import Graph
+from pocketsize.quantization.stand_in import stand_in
 
 TOLERANCE = 1e-4
+# Of an axis without a size, to see what layers compute.
+_SIZE = 32
 _CONVOLUTION = ('kernel_size', 'strides', 'padding', 'dilation_rate', 'activation', 'use_bias')
 _POOLING = ('pool_size', 'strides', 'padding')
 # Keras 3 type: the arguments of the tf_keras type of the same name.
@@ -76,27 +80,32 @@ class Twin(NamedTuple):
 
   Attributes:
     model: Functional; its weights are copies.
-    names: for each node of the `Graph`, the names of the layers that compute it, in order.
+    names: for each node of the `Graph`, the names of the layers that compute it, in order; none
+      where the Keras operation stands in.
+    refused: {path of what has a stand-in: why}.
   """
 
   model: object
   names: list
+  refused: dict
+
+
+class _NoTwin(Exception):
+  """What tf_keras has no layer for; the message names it."""
 
 
 def build_twin(model):
-  """Returns the `Twin` of a model: the same layers, weights and outputs.
+  """Returns the `Twin` of a model: the same outputs, by the same layers where tf_keras has them.
 
   Args:
-    model: a built Functional or Sequential Keras model of layers of `TYPES`, nested ones included.
-      Of the operators there may be `+`, `-`, `*`, `keras.ops.maximum`, `minimum`, `relu`, `relu6`,
-      and `keras.ops.pad` of the channels of an image with zeros.
+    model: a built Functional or Sequential Keras model, nested ones included.
 
   Raises:
-    UserError: tf_keras is missing, an operation has no twin, or the outputs differ.
+    UserError: tf_keras is missing, or a subclassed or unbuilt model.
   """
   tf_keras = require('tf_keras', 'for a tf_keras twin')
   graph = Graph(model)
-  tensors, names, taken = {}, [], set()
+  tensors, names, refused, taken = {}, [], {}, set()
   for node in graph.nodes:
     name = _free(node.path.replace('/', '_'), taken)
     if node.is_input:
@@ -104,22 +113,23 @@ def build_twin(model):
       outputs = tf_keras.Input(graph.shape(number)[1:], name=name, dtype=graph.dtype(number))
       names.append((name,))
     else:
-      layers = _layers(node, name, graph)
-      outputs = [tensors[number] for number in node.inputs]
-      outputs = outputs if len(outputs) > 1 else outputs[0]
-      for layer in layers:
-        outputs = layer(outputs)
+      layers, reason = _layers_or_reason(node, name, graph)
       names.append(tuple(layer.name for layer in layers))
-      if layers[0].weights:
-        layers[0].set_weights(node.operation.get_weights())
-    tensors[node.outputs[0]] = outputs
-  twin = tf_keras.Model(
-    [tensors[number] for number in graph.inputs],
-    [tensors[number] for number in graph.outputs],
-    name=model.name,
-  )
-  _check(graph, model, twin)
-  return Twin(twin, names)
+      inputs = node.inputs
+      if not layers:
+        refused[node.path] = reason
+        layers, inputs = [stand_in(graph, node, name)], dict.fromkeys(inputs)
+      outputs = _computed(layers, [tensors[number] for number in inputs])
+    tensors.update(zip(node.outputs, keras.tree.flatten(outputs), strict=True))
+  ends = [[tensors[number] for number in numbers] for numbers in (graph.inputs, graph.outputs)]
+  return Twin(tf_keras.Model(*ends, name=model.name), names, refused)
+
+
+def _computed(layers, outputs):
+  outputs = outputs if len(outputs) > 1 else outputs[0]
+  for layer in layers:
+    outputs = layer(outputs)
+  return outputs
 
 
 def _free(name, taken):
@@ -132,47 +142,55 @@ def _free(name, taken):
   return free
 
 
+def _layers_or_reason(node, name, graph):
+  """Returns (the tf_keras layers for a node, None) or ((), why there are none)."""
+  try:
+    layers = _layers(node, name, graph)
+    _check(node, layers, graph)
+    return layers, None
+  except _NoTwin as what:
+    return (), f'the tf_keras twin has no {what}, it stays float'
+  except Exception as error:  # tf_keras raises whatever comes
+    return (), f'tf_keras refuses it: {first_sentence(error)}'
+
+
 def _layers(node, name, graph):
   """Returns the tf_keras layers, to be called one on the other's output, that compute a node."""
+  kind = type(node.operation).__name__
   if isinstance(node.operation, keras.Layer):
     return [_twin_layer(node, name)]
-  kind = type(node.operation).__name__
   if kind == 'Pad':
     return _pad_channels(node, name, graph.shape(node.inputs[0]))
-  layer_type, arguments, count = _OPERATORS.get(kind, (None, {}, 0))
+  if kind not in _OPERATORS:
+    raise _NoTwin(kind)
+  layer_type, arguments, count = _OPERATORS[kind]
   if len(node.inputs) != count or len(set(node.inputs)) != count:
-    raise _refusal(node)
+    raise _NoTwin(f'{kind} of a constant, or of one tensor twice')
   return [getattr(require('tf_keras', 'for a twin').layers, layer_type)(name=name, **arguments)]
-
-
-def _refusal(node, why=''):
-  return UserError(
-    f'A tf_keras twin has layers of the types {", ".join(TYPES)}, and of the operators '
-    f'{", ".join(_OPERATORS)} of two tensors and Pad of channels with zeros. '
-    f'Received: {node.path!r}, a {type(node.operation).__name__}{why}.'
-  )
 
 
 def _twin_layer(node, name):
   layer, tf_keras = node.operation, require('tf_keras', 'for a twin')
   kind = type(layer).__name__
-  if type(layer) is not getattr(keras.layers, kind, None) or kind not in TYPES:
-    raise _refusal(node)
+  is_custom = type(layer) is not getattr(keras.layers, kind, None)
+  if is_custom or kind not in TYPES:
+    raise _NoTwin(f'custom {kind}' if is_custom else kind)
+  if node.arguments.kwargs.get('mask') is not None:
+    raise _NoTwin(f'mask for a {kind}')
   if kind == 'Normalization':
     return _normalization(node, name)
   config = layer.get_config()
   arguments = {
     _RENAMED.get((kind, argument), argument): config[argument] for argument in _ARGUMENTS[kind]
   }
+  if not isinstance(config.get('activation', ''), str):
+    raise _NoTwin(f'{kind} with a custom activation')
   if config.get('data_format') == 'channels_first':
     arguments['data_format'] = 'channels_first'
   if arguments.get('activation') == 'silu':
     # The name under which tfmot knows it.
     arguments['activation'] = 'swish'
-  try:
-    return getattr(tf_keras.layers, kind)(name=name, trainable=layer.trainable, **arguments)
-  except (TypeError, ValueError) as error:
-    raise _refusal(node, f' that tf_keras cannot make ({str(error).splitlines()[0]})') from error
+  return getattr(tf_keras.layers, kind)(name=name, trainable=layer.trainable, **arguments)
 
 
 def _normalization(node, name):
@@ -182,7 +200,7 @@ def _normalization(node, name):
     np.ravel(keras.ops.convert_to_numpy(values)) for values in (layer.mean, layer.variance)
   )
   if layer.invert or layer.axis not in ((-1,), (), (len(node.symbols[0].shape) - 1,)):
-    raise _refusal(node, ' that is inverted, or not along the last axis')
+    raise _NoTwin('Normalization that is inverted, or not along the last axis')
   scale = 1.0 / np.maximum(np.sqrt(variance), keras.config.epsilon())
   scale, offset = (values.astype(float).tolist() for values in (scale, -mean * scale))
   return require('tf_keras', 'for a twin').layers.Rescaling(scale, offset, name=name)
@@ -194,8 +212,9 @@ def _pad_channels(node, name, shape):
   ZeroPadding2D takes the pixels for rows and the channels for columns of a one-channel image.
   """
   padding = np.array(getattr(node.operation, 'pad_width', ()))
-  if padding.shape != (4, 2) or padding[:3].any() or node.operation.mode != 'constant':
-    raise _refusal(node)
+  is_of_channels = padding.shape == (4, 2) and not padding[:3].any() and None not in shape[1:]
+  if not is_of_channels or node.operation.mode != 'constant':
+    raise _NoTwin('Pad but that of the channels of an image with zeros')
   _, height, width, channels = shape
   before, after = map(int, padding[3])
   layers = require('tf_keras', 'for a twin').layers
@@ -206,19 +225,23 @@ def _pad_channels(node, name, shape):
   ]
 
 
-def _check(graph, model, twin):
-  """Raises a UserError unless both compute the same on normal noise."""
-  rng = np.random.default_rng(0)
-  inputs = [
-    rng.normal(size=(2, *graph.shape(number)[1:])).astype(graph.dtype(number))
-    for number in graph.inputs
-  ]
-  expected = graph.run([keras.ops.convert_to_tensor(x) for x in inputs], training=False)
-  got = keras.tree.flatten(twin(inputs if len(inputs) > 1 else inputs[0], training=False))
-  for left, right in zip(map(np.array, expected), map(np.array, got), strict=True):
-    difference = np.abs(left - right).max() / max(np.abs(left).max(), 1.0)
-    if not difference <= TOLERANCE:
-      raise UserError(
-        f'The twin of {model.name!r} must agree within {TOLERANCE} of the largest output, or '
-        f'of 1. Received: a difference of {difference:.2g}.'
-      )
+def _check(node, layers, graph):
+  """Gives layers the weights of a node, and refuses them unless both agree on normal noise."""
+  rng, values = np.random.default_rng(0), {}
+  kind = type(node.operation).__name__
+  for number in node.inputs:
+    dtype = graph.dtype(number)
+    if not dtype.startswith('float'):
+      raise _NoTwin(f'{kind} of {dtype}')
+    noise = rng.normal(size=(2, *(size or _SIZE for size in graph.shape(number)[1:])))
+    values[number] = keras.ops.convert_to_tensor(noise.astype(dtype))
+  inputs = [values[number] for number in node.inputs]
+  got = _computed(layers, inputs)
+  if layers[0].weights:
+    layers[0].set_weights(node.operation.get_weights())
+    got = _computed(layers, inputs)
+  graph.step(node, values, training=False)
+  expected, got = (np.array(x, float) for x in (values[node.outputs[0]], got))
+  difference = np.abs(expected - got).max() / max(np.abs(expected).max(), 1.0)
+  if expected.shape != got.shape or not difference <= TOLERANCE:
+    raise _NoTwin(f'{kind} that computes the same (off by {difference:.2g})')

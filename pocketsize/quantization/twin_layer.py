@@ -100,6 +100,8 @@ class TwinLayer:
 
   def __call__(self, inputs, training):
     """Computes the layer for a tensor, or a list of them, as a model does in training or after."""
+    # Without the masks of Keras, which tf_keras would pass on to layers that take none.
+    inputs = tf.nest.map_structure(tf.identity, inputs)
     if self._takes_training:
       return self.layer(inputs, training=training)
     return self.layer(inputs)
