@@ -19,7 +19,6 @@ from hypothesis.extra import numpy as hnp
 from toys import MODELS, conv_net, images
 
 import pocketsize
-from nets import resnet_at_cifar10
 from pocketsize import packed
 from pocketsize.errors import UserError
 from pocketsize.packed import reader, verification, writer
@@ -428,32 +427,6 @@ def test_a_file_of_another_model_is_not_believed(tmp_path):
 )
 def test_the_same_bits(one, other, same):
   assert verification.same_bits(one, other) is same
-
-
-@pytest.mark.parametrize('bits', [2, 4, 8])
-def test_a_resnet_20_has_the_size_of_its_bits(bits, tmp_path):
-  """Within 3 % of bits for kernels, a scale for each of their channels, and floats for the rest."""
-  model = resnet_at_cifar10.ModelHelper(resnet_at_cifar10.ModelHelper.Config()).build()
-  model, stack = pocketsize.compress(model, [{'algorithm': 'uniform', 'weight_bits': bits}])
-  stack.update(0)
-  kernels = {
-    path: layer.kernel.shape
-    for path, layer in model.graph.layers.items()
-    if hasattr(layer, 'kernel')
-  }
-  ends = ('conv0', 'dense')
-  wanted = sum(
-    math.prod(shape) * (8 if path in ends else bits) / 8 + 4 * shape[-1]
-    for path, shape in kernels.items()
-  )
-  wanted += 4 * (model.source.count_params() - sum(map(math.prod, kernels.values())))
-  packed.write(model, tmp_path / 'plain.packed', entropy=False)
-  packed.write(model, tmp_path / 'coded.packed')
-  plain, coded = ((tmp_path / f'{name}.packed').stat().st_size for name in ('plain', 'coded'))
-  assert wanted < plain < 1.03 * wanted
-  assert coded < plain
-  entry = packed.verify(tmp_path / 'coded.packed', model)
-  assert (entry['bytes'], entry['plain_bytes'], entry['note']) == (coded, plain, '')
 
 
 # Damage.
