@@ -61,7 +61,7 @@ class UniformLearner(BitAllotting):
     )
     uql_activation_range: str = option(
       'running',
-      'ranges of activations: running averages, or trained; pact trains those that a ReLU writes',
+      'ranges of activations: running averages, or trained; pact where nothing is negative',
       choices=ACTIVATION_RANGES,
     )
     uql_range_start: str = option(

@@ -538,7 +538,7 @@ def test_learned_scales_are_fitted_once_and_not_again():
 def test_the_penalty_of_pact_is_part_of_the_loss():
   model, stack = compressed(**VARIANTS[2], pact_decay=0.5)
   alphas = [float(transform.high) for transform in model.transforms if isinstance(transform, Pact)]
-  assert len(alphas) == 2
+  assert len(alphas) == 3
   expected = 0.25 * sum(alpha**2 for alpha in alphas)
   assert float(stack.loss(None, None, None)) == pytest.approx(expected, rel=1e-6)
   assert compressed(**VARIANTS[0])[1].loss(None, None, None) == 0.0

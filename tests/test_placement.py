@@ -52,7 +52,7 @@ def test_conv_batch_norm_relu_is_one_kernel_that_writes_one_tensor():
     'images': False,
     'relu0': True,
     'relu1': True,
-    'pool': False,
+    'pool': True,
     'head': False,
   }
 

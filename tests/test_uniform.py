@@ -171,7 +171,7 @@ def test_the_configuration_reaches_the_quantizers():
   ],
 )
 def test_each_kind_of_range_has_its_quantizer(weights, activations, kinds):
-  """PACT takes what a ReLU writes."""
+  """PACT takes what is never negative: of ReLUs, and their average."""
   config = UniformConfig(weight_range=weights, activation_range=activations)
   placements = Uniform([Rule(config)]).plan(Graph(conv_net()))
   assert {type(place.transform) for place in placements} == kinds
@@ -179,7 +179,7 @@ def test_each_kind_of_range_has_its_quantizer(weights, activations, kinds):
     transform = place.transform
     assert getattr(transform, 'log2', weights == 'learned_log2') == (weights == 'learned_log2')
     if isinstance(transform, LearnedRange | ActivationQuantizer):
-      assert transform.nonnegative == place.path.startswith('relu')
+      assert transform.nonnegative == (place.path in ('relu0', 'relu1', 'pool'))
       assert isinstance(transform, Pact) == (activations == 'pact' and transform.nonnegative)
       assert transform.symmetric == (activations == 'learned_symmetric')
 

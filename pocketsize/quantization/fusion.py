@@ -65,6 +65,12 @@ def has_weights(node):
   return type(node.operation).__name__ in targets.WEIGHTS_BY_TYPE
 
 
+def reads_tensors_only(node):
+  """Returns whether all that a node is called with are tensors of the model, no constant."""
+  given = (node.arguments.args, node.arguments.kwargs) if node.inputs else ()
+  return len(keras.tree.flatten(given)) == len(node.inputs)
+
+
 def own_activation(node):
   """Returns the name of the activation inside a layer; 'linear' for none."""
   activation = getattr(node.operation, 'activation', None)

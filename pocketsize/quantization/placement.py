@@ -9,8 +9,6 @@ if they have one scale, which they then get.
 import dataclasses
 import functools
 
-import keras
-
 from pocketsize.quantization.devices import DEFAULT, DEVICES
 from pocketsize.quantization.fusion import (
   FLOAT_ENDS,
@@ -18,11 +16,12 @@ from pocketsize.quantization.fusion import (
   ends_in_relu,
   has_weights,
   is_fixed,
-  is_relu,
   kernel_nodes,
   kind,
   own_activation,
+  reads_tensors_only,
 )
+from pocketsize.quantization.signs import nonnegative_tensors
 
 # They select or join values: output scale = input scale where all inputs have the same.
 JOINING = frozenset().union(*(device.joiners for device in DEVICES.values()))
@@ -37,7 +36,7 @@ class QuantizedTensor:
     point: 'output', or 'preactivation' for what the node's own activation reads.
     group: a number; tensors of the same group have one range.
     calls: how often the path is called, each time with a tensor of that range.
-    nonnegative: a ReLU writes it.
+    nonnegative: it is never negative, whatever the weights and inputs of the model are.
     readers: paths of the weighted layers that read it, perhaps through nodes without weights.
     reaches_output: whether it reaches an output of the model that way.
   """
@@ -70,10 +69,7 @@ def _readers(graph, tensor):
 
 def _joins(node, device):
   """Returns whether `node` hands on what it reads, if that has one range: no constant among it."""
-  given = (node.arguments.args, node.arguments.kwargs) if node.inputs else ()
-  return type(node.operation).__name__ in device.joiners and (
-    len(keras.tree.flatten(given)) == len(node.inputs)
-  )
+  return type(node.operation).__name__ in device.joiners and reads_tensors_only(node)
 
 
 class _Walk:
@@ -159,7 +155,7 @@ def quantized_tensors(graph, device=DEFAULT):
     graph: a `Graph`.
     device: a name in `DEVICES`.
   """
-  groups = _Walk(graph, DEVICES[device]).groups
+  groups, nonnegative = _Walk(graph, DEVICES[device]).groups, nonnegative_tensors(graph)
   calls = {}
   for node in graph.nodes:
     calls.setdefault(node.path, []).append(node)
@@ -174,7 +170,7 @@ def quantized_tensors(graph, device=DEFAULT):
             point,
             groups[path, point],
             len(nodes),
-            point == 'output' and (is_relu(nodes[0]) or ends_in_relu(nodes[0])),
+            point == 'output' and all(node.outputs[0] in nonnegative for node in nodes),
             tuple(dict.fromkeys(reader for readers, _ in read for reader in readers)),
             any(reaches for _, reaches in read),
           )

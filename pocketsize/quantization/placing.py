@@ -114,7 +114,7 @@ class Quantization(Compressor):
     Args:
       config: of the first layer that reads them.
       bits: 1 to 16.
-      nonnegative: a ReLU writes each of them.
+      nonnegative: none of them is ever negative.
       calls: how many they are.
     """
     return running_range(calls, bits, config.momentum, nonnegative)

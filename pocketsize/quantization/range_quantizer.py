@@ -18,7 +18,7 @@ class RangeQuantizer(Calibrated):
 
   Args:
     bits: 1 to 16.
-    nonnegative: the input is never negative (it comes from a ReLU), so its range begins at 0.
+    nonnegative: the input is never negative, as behind a ReLU, so its range begins at 0.
     start: how calibration finds the range, one of `ranges.NAMES`.
 
   Attributes:

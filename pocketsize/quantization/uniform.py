@@ -35,7 +35,7 @@ class UniformConfig(QuantizationConfig):
     weight_range: 'fitted' scales; 'learned' scales (LSQ), by their log2 with 'learned_log2' (TQT);
       'dorefa', through tanh; 'asymmetric', fitted with a zero point.
     activation_range: 'running' averages; 'learned' ranges, 'learned_symmetric' ones; 'pact', a
-      learned end with a penalty for what a ReLU writes, running averages for the rest.
+      learned end with a penalty for what is never negative, running averages for the rest.
     range_start: how ranges are found in the calibration batches, and scales in the kernels:
       'min_max', 'mean_min_max', 'mixed_min_max', 'threesigma', 'percentile', 'mean_percentile',
       'mse'; 'auto': the mean of the batches' extremes; the largest magnitude of a row, or the least
