@@ -12,7 +12,9 @@ import tensorflow as tf
 
 from pocketsize.quantization import ranges
 from pocketsize.quantization.learned_gradients import (
+  LOG2_BOUNDS,
   adjusted_range,
+  power_of_two,
   quantize_by_clipping,
   quantize_by_high,
   quantize_by_range,
@@ -24,7 +26,7 @@ from pocketsize.quantization.range_quantizer import LEAST_WIDTH, RangeQuantizer
 # A row of zeros has this part of the kernel's largest scale: it may come to life.
 ZERO_ROW = 0.01
 # What log2 of a scale is before it is fitted.
-_UNFITTED = -100.0
+_UNFITTED = LOG2_BOUNDS[0]
 
 
 @keras.saving.register_keras_serializable(package='pocketsize')
@@ -43,8 +45,8 @@ class LearnedScale(SymmetricQuantizer):
 
   Args:
     log2: log2 of the scale is what is trained (Jain et al. 2019), hence it stays positive. The
-      paper leaves the size of the step to Adam; here the gradient is divided by (scale ln 2)^2, so
-      that the relative step is that of LSQ.
+      paper leaves the size of the step to Adam; here the relative step is that of LSQ, see
+      `power_of_two`.
     others: as for `SymmetricQuantizer`.
   """
 
@@ -71,14 +73,12 @@ class LearnedScale(SymmetricQuantizer):
     self.scale.assign(np.log2(scales) if self.log2 else scales)
 
   def scales(self):
-    return tf.pow(2.0, self.scale.value) if self.log2 else tf.abs(self.scale.value)
+    return power_of_two(self.scale.value) if self.log2 else tf.abs(self.scale.value)
 
   def call(self, kernel, training=None):
     scales = self.scales()
     members, high = self.groups.size / self.groups.count, highest_code(self.bits)
     factor = min(1.0 / math.sqrt(members * high), 1.0 / high**2)
-    if self.log2:
-      factor /= tf.stop_gradient(scales * math.log(2.0)) ** 2
     # A Keras variable is no tensor to a custom gradient, which would want to know about it.
     kernel = tf.convert_to_tensor(kernel)
     return self.by_rows(kernel, lambda values: quantize_by_scale(values, scales, self.bits, factor))

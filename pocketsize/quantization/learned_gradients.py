@@ -1,8 +1,10 @@
 """Quantization with gradients to the scale or the range, as functions of tensors.
 
-LSQ (Esser et al. 2020, arXiv:1902.08153), PACT (Choi et al. 2018, arXiv:1805.06085), and for ranges
-those of NNCF (Kozlov et al. 2020, arXiv:2002.08679).
+LSQ (Esser et al. 2020, arXiv:1902.08153), TQT (Jain et al. 2019, arXiv:1903.08066), PACT (Choi et
+al. 2018, arXiv:1805.06085), and for ranges those of NNCF (Kozlov et al. 2020, arXiv:2002.08679).
 """
+
+import math
 
 import tensorflow as tf
 
@@ -11,6 +13,24 @@ from pocketsize.quantization.quantizers import (
   quantize_affine,
   quantize_symmetric,
 )
+
+# Beyond these log2 counts no more: what it stands for is neither 0 nor infinite in float32.
+LOG2_BOUNDS = (-100.0, 100.0)
+
+
+@tf.custom_gradient
+def power_of_two(log2):
+  """Returns v = 2^log2, of which log2 is trained (Jain et al. 2019, arXiv:1903.08066).
+
+  The gradient v ln 2 of log2 is divided by (v ln 2)^2: a step of log2 changes v, to first order, as
+  it would change a v that is trained itself. It is kept within [-1, 1], or where v is small the
+  next step would multiply it by more than float32 holds.
+
+  Args:
+    log2: float tensor.
+  """
+  value = tf.pow(2.0, tf.clip_by_value(log2, *LOG2_BOUNDS))
+  return value, lambda upstream: tf.clip_by_value(upstream / (value * math.log(2.0)), -1.0, 1.0)
 
 
 def quantize_by_scale(x, scale, bits, gradient_scale=1.0):
