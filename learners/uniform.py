@@ -14,6 +14,7 @@ from pocketsize.quantization.uniform import (
   WEIGHT_RANGES,
   Uniform,
   UniformConfig,
+  needs_more_bits,
 )
 
 
@@ -61,7 +62,8 @@ class UniformLearner(BitAllotting):
     )
     uql_activation_range: str = option(
       'running',
-      'ranges of activations: running averages, or trained; pact where nothing is negative',
+      'ranges of activations: running averages, or trained, or trained by the log2 of their end; '
+      'where nothing is negative pact trains the end, and dorefa goes from 0 to 1',
       choices=ACTIVATION_RANGES,
     )
     uql_range_start: str = option(
@@ -108,10 +110,10 @@ class UniformLearner(BitAllotting):
       for name in ('uql_weight_bits', 'uql_w_bit_min'):
         if self.uql_fold_bn and getattr(self, name) == 1:
           raise UserError(f'--uql_fold_bn needs --{name} of at least 2. Received: 1.')
-      if self.uql_activation_range == 'learned_symmetric' and self.uql_activation_bits == 1:
+      if needs_more_bits(self.uql_activation_range, self.uql_activation_bits):
         raise UserError(
-          '--uql_activation_range=learned_symmetric needs --uql_activation_bits of at least 2. '
-          'Received: 1.'
+          f'--uql_activation_range={self.uql_activation_range} needs --uql_activation_bits of at '
+          f'least 2. Received: {self.uql_activation_bits}.'
         )
 
     def quantization(self):

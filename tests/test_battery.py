@@ -55,6 +55,19 @@ BUSY = {
     'activation_range': 'pact',
     'momentum': 0.9,
   },
+  'uniform:log2': {
+    'weight_bits': 3,
+    'activation_bits': 6,
+    'weight_range': 'learned_log2',
+    'activation_range': 'learned_log2',
+  },
+  'uniform:dorefa': {
+    'weight_bits': 3,
+    'activation_bits': 6,
+    'weight_range': 'dorefa',
+    'activation_range': 'dorefa',
+    'momentum': 0.9,
+  },
   'uniform:folded': {
     'weight_bits': 3,
     'activation_bits': 6,

@@ -351,6 +351,13 @@ def test_evaluation_reproduces_the_report_and_writes_nothing(copy, capfd):
       ['--learner=uniform', '--uql_activation_range=learned'],
       '--uql_activation_range has no effect with --uql_activation_bits=32',
     ),
+    *(
+      (
+        ['--learner=uniform', '--uql_activation_bits=1', f'--uql_activation_range={kind}'],
+        f'--uql_activation_range={kind} needs --uql_activation_bits of at least 2. Received: 1.',
+      )
+      for kind in ('learned_symmetric', 'learned_log2')
+    ),
     (
       ['--learner=uniform', '--uql_weight_bits=32', '--uql_weight_range=learned'],
       '--uql_weight_range has no effect with --uql_weight_bits=32',

@@ -10,9 +10,10 @@ import pocketsize
 from pocketsize.errors import UserError
 from pocketsize.graph import Graph
 from pocketsize.quantization.asymmetric import AsymmetricWeightQuantizer
-from pocketsize.quantization.dorefa import Dorefa
+from pocketsize.quantization.dorefa import Dorefa, DorefaActivation
 from pocketsize.quantization.learned import LearnedRange, LearnedScale, Pact
 from pocketsize.quantization.quantizers import ActivationQuantizer, WeightQuantizer
+from pocketsize.quantization.range_quantizer import RangeQuantizer
 from pocketsize.quantization.uniform import Uniform, UniformConfig
 from pocketsize.targets import Rule
 
@@ -165,23 +166,29 @@ def test_the_configuration_reaches_the_quantizers():
   [
     ('fitted', 'running', {WeightQuantizer, ActivationQuantizer}),
     ('learned', 'learned', {LearnedScale, LearnedRange}),
-    ('learned_log2', 'learned_symmetric', {LearnedScale, LearnedRange}),
+    ('learned', 'learned_symmetric', {LearnedScale, LearnedRange}),
+    ('learned_log2', 'learned_log2', {LearnedScale, LearnedRange}),
     ('dorefa', 'pact', {Dorefa, Pact, ActivationQuantizer}),
+    ('dorefa', 'dorefa', {Dorefa, DorefaActivation, ActivationQuantizer}),
     ('asymmetric', 'running', {AsymmetricWeightQuantizer, ActivationQuantizer}),
   ],
 )
 def test_each_kind_of_range_has_its_quantizer(weights, activations, kinds):
-  """PACT takes what is never negative: of ReLUs, and their average."""
+  """PACT and DoReFa take what is never negative: of ReLUs, and their average."""
   config = UniformConfig(weight_range=weights, activation_range=activations)
   placements = Uniform([Rule(config)]).plan(Graph(conv_net()))
   assert {type(place.transform) for place in placements} == kinds
   for place in placements:
     transform = place.transform
-    assert getattr(transform, 'log2', weights == 'learned_log2') == (weights == 'learned_log2')
-    if isinstance(transform, LearnedRange | ActivationQuantizer):
+    if isinstance(transform, LearnedScale):
+      assert transform.log2 == (weights == 'learned_log2')
+    if isinstance(transform, RangeQuantizer):
       assert transform.nonnegative == (place.path in ('relu0', 'relu1', 'pool'))
-      assert isinstance(transform, Pact) == (activations == 'pact' and transform.nonnegative)
-      assert transform.symmetric == (activations == 'learned_symmetric')
+      for kind, name in ((Pact, 'pact'), (DorefaActivation, 'dorefa')):
+        assert isinstance(transform, kind) == (activations == name and transform.nonnegative)
+      assert transform.symmetric == (activations in ('learned_symmetric', 'learned_log2'))
+    if isinstance(transform, LearnedRange):
+      assert transform.log2 == (activations == 'learned_log2')
 
 
 def test_scales_are_fitted_every_so_many_steps_only():
@@ -252,6 +259,7 @@ def test_sixteen_bits_compute_nearly_the_same():
     {'range_start': 'minmax'},
     {'pact_decay': -1.0},
     {'activation_range': 'learned_symmetric', 'activation_bits': 1},
+    {'activation_range': 'learned_log2', 'activation_bits': 1},
   ],
 )
 def test_nonsense_is_refused(bad):

@@ -1,4 +1,4 @@
-"""DoReFa quantizer of kernels (Zhou et al. 2016, arXiv:1606.06160, equations 9 and 10)."""
+"""DoReFa quantizers of kernels and activations (Zhou et al. 2016, arXiv:1606.06160)."""
 
 import keras
 import numpy as np
@@ -6,12 +6,14 @@ import tensorflow as tf
 
 from pocketsize import ste
 from pocketsize.quantization.kernel_quantizer import KernelQuantizer
+from pocketsize.quantization.quantizers import nudged_range, quantize_affine
+from pocketsize.quantization.range_quantizer import RangeQuantizer
 from pocketsize.transform import Codes, Grid
 
 
 @keras.saving.register_keras_serializable(package='pocketsize')
 class Dorefa(KernelQuantizer):
-  """Weights through tanh onto 2^bits levels of which zero is none.
+  """Weights through tanh onto 2^bits levels of which zero is none (equations 9 and 10).
 
   With t = tanh(w) / max |tanh(w)| over the row and n = 2^bits - 1
 
@@ -69,3 +71,37 @@ class Dorefa(KernelQuantizer):
     return Codes(
       self.groups.join(codes.astype(np.int32)), self.bits, self.groups, scale, zero_point
     )
+
+
+@keras.saving.register_keras_serializable(package='pocketsize')
+class DorefaActivation(RangeQuantizer):
+  """Clips what is never negative at 1 and rounds it to 2^bits levels (section 2.3).
+
+  The range is no variable: no data set it, no gradient moves it. The gradient is 1 inside it, else
+  0. What a model needs above 1 it must learn to do without.
+
+  Args:
+    bits: 1 to 16.
+  """
+
+  has_range = True
+
+  def __init__(self, bits=8, **kwargs):
+    super().__init__(bits, nonnegative=True, **kwargs)
+
+  def range(self):
+    return nudged_range(0.0, 1.0, self.bits)
+
+  def set_range(self, low, high):
+    """The range stays [0, 1]."""
+
+  def observe(self, x):
+    """The range stays [0, 1]."""
+
+  def call(self, x, training=None):
+    return quantize_affine(x, tf.constant(0.0), tf.constant(1.0), self.bits)
+
+  def get_config(self):
+    config = super().get_config()
+    del config['nonnegative'], config['start']
+    return config

@@ -25,7 +25,7 @@ from pocketsize.quantization.range_quantizer import LEAST_WIDTH, RangeQuantizer
 
 # A row of zeros has this part of the kernel's largest scale: it may come to life.
 ZERO_ROW = 0.01
-# What log2 of a scale is before it is fitted.
+# What log2 of a scale, or of the end of a range, is before it is set.
 _UNFITTED = LOG2_BOUNDS[0]
 
 
@@ -100,15 +100,25 @@ class LearnedRange(RangeQuantizer):
 
   Args:
     symmetric: whether a range with two ends is symmetric around 0; needs 2 bits.
+    log2: log2 of the end is what is trained (Jain et al. 2019), hence it stays positive; the range
+      is symmetric. The paper leaves the size of the step to Adam, and rounds the end up to a power
+      of two; here a step changes the end, to first order, as without `log2`, see `power_of_two`.
     others: as for `RangeQuantizer`.
   """
 
-  def __init__(self, bits=8, nonnegative=False, start=ranges.AUTO, symmetric=False, **kwargs):
+  def __init__(
+    self, bits=8, nonnegative=False, start=ranges.AUTO, symmetric=False, log2=False, **kwargs
+  ):
     super().__init__(bits, nonnegative, start, **kwargs)
-    self.symmetric = symmetric
+    self.symmetric = symmetric or log2
+    self.log2 = log2
 
   def build(self, shape):
-    self.high = self.add_weight(name='high', shape=(), initializer='zeros')
+    self.high = self.add_weight(
+      name='log2_high' if self.log2 else 'high',
+      shape=(),
+      initializer=keras.initializers.Constant(_UNFITTED if self.log2 else 0.0),
+    )
     self.low = None
     if not (self.nonnegative or self.symmetric):
       self.low = self.add_weight(name='low', shape=(), initializer='zeros')
@@ -116,13 +126,19 @@ class LearnedRange(RangeQuantizer):
 
   @property
   def has_range(self):
+    if self.log2:
+      return float(self.high) != _UNFITTED
     return float(self.high) != 0.0 or (self.low is not None and float(self.low) != 0.0)
+
+  def end(self):
+    """Returns the end of a range of which one is trained, a scalar tensor, not negative."""
+    return power_of_two(self.high.value) if self.log2 else tf.abs(self.high.value)
 
   def range(self):
     if self.low is not None:
       low, high = adjusted_range(self.low.value, self.high - self.low, self.bits)
     else:
-      half, high = 2.0 ** (self.bits - 1), tf.abs(self.high.value)
+      half, high = 2.0 ** (self.bits - 1), self.end()
       low = 0.0 if self.nonnegative else -high * (half / (half - 1.0))
     return nudged_range(float(low), float(high), self.bits)
 
@@ -131,7 +147,11 @@ class LearnedRange(RangeQuantizer):
     self._assign(*self._trained_ends(low, max(high, low + LEAST_WIDTH)))
 
   def _trained_ends(self, low, high):
-    return low, high if self.low is not None else tf.maximum(-low, high)
+    """Returns what the variables get for a range from `low` to `high`."""
+    if self.low is not None:
+      return low, high
+    high = tf.maximum(-low, high)
+    return low, keras.ops.log2(high) if self.log2 else high
 
   def _assign(self, low, high):
     if self.low is not None:
@@ -140,10 +160,11 @@ class LearnedRange(RangeQuantizer):
 
   def observe(self, x):
     low = 0.0 if self.low is None else self.low.value
+    unset = _UNFITTED if self.log2 else low
     # A range that is set stays, also if training took `high` below 0, where its size counts.
     self._assign(
       *tf.cond(
-        tf.equal(self.high.value, low),
+        tf.equal(self.high.value, unset),
         lambda: self._trained_ends(*self.ends(tf.stop_gradient(x))),
         lambda: (tf.convert_to_tensor(low), tf.convert_to_tensor(self.high.value)),
       )
@@ -157,12 +178,12 @@ class LearnedRange(RangeQuantizer):
   def on_levels(self, x):
     """Returns x on the levels of the range."""
     if self.low is None:
-      return quantize_by_high(x, tf.abs(self.high.value), self.bits, signed=not self.nonnegative)
+      return quantize_by_high(x, self.end(), self.bits, signed=not self.nonnegative)
     low = tf.convert_to_tensor(self.low.value)
     return quantize_by_range(x, low, self.high - low, self.bits)
 
   def get_config(self):
-    return {**super().get_config(), 'symmetric': self.symmetric}
+    return {**super().get_config(), 'symmetric': self.symmetric, 'log2': self.log2}
 
 
 @keras.saving.register_keras_serializable(package='pocketsize')
@@ -179,7 +200,7 @@ class Pact(LearnedRange):
     self.decay = decay
 
   def on_levels(self, x):
-    return quantize_by_clipping(x, tf.abs(self.high.value), self.bits)
+    return quantize_by_clipping(x, self.end(), self.bits)
 
   def penalty(self):
     """Returns what is added to the loss, a scalar tensor."""
@@ -187,5 +208,5 @@ class Pact(LearnedRange):
 
   def get_config(self):
     config = {**super().get_config(), 'decay': self.decay}
-    del config['nonnegative'], config['symmetric']
+    del config['nonnegative'], config['symmetric'], config['log2']
     return config

@@ -13,7 +13,7 @@ from pocketsize.compressor import register
 from pocketsize.errors import UserError
 from pocketsize.quantization import ranges
 from pocketsize.quantization.asymmetric import AsymmetricWeightQuantizer
-from pocketsize.quantization.dorefa import Dorefa
+from pocketsize.quantization.dorefa import Dorefa, DorefaActivation
 from pocketsize.quantization.folded import Factors, FoldedQuantizer, folded
 from pocketsize.quantization.learned import LearnedRange, LearnedScale, Pact
 from pocketsize.quantization.placing import Quantization, QuantizationConfig
@@ -21,7 +21,13 @@ from pocketsize.quantization.quantizers import WeightQuantizer
 from pocketsize.quantization.shared import running_range
 
 WEIGHT_RANGES = ('fitted', 'learned', 'learned_log2', 'dorefa', 'asymmetric')
-ACTIVATION_RANGES = ('running', 'learned', 'learned_symmetric', 'pact')
+_SYMMETRIC_RANGES = ('learned_symmetric', 'learned_log2')
+ACTIVATION_RANGES = ('running', 'learned', *_SYMMETRIC_RANGES, 'pact', 'dorefa')
+
+
+def needs_more_bits(activation_range, bits):
+  """Returns whether `bits` are too few: a symmetric range of 1 bit has no level above 0."""
+  return bits == 1 and activation_range in _SYMMETRIC_RANGES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +40,9 @@ class UniformConfig(QuantizationConfig):
     scale_every: steps between two fits of the weights' scales, where they are not trained.
     weight_range: 'fitted' scales; 'learned' scales (LSQ), by their log2 with 'learned_log2' (TQT);
       'dorefa', through tanh; 'asymmetric', fitted with a zero point.
-    activation_range: 'running' averages; 'learned' ranges, 'learned_symmetric' ones; 'pact', a
-      learned end with a penalty for what is never negative, running averages for the rest.
+    activation_range: 'running' averages; 'learned' ranges, 'learned_symmetric' ones, by log2 of
+      their end with 'learned_log2' (TQT); for what is never negative 'pact', a learned end with a
+      penalty, or 'dorefa', from 0 to 1, and running averages for the rest.
     range_start: how ranges are found in the calibration batches, and scales in the kernels:
       'min_max', 'mean_min_max', 'mixed_min_max', 'threesigma', 'percentile', 'mean_percentile',
       'mse'; 'auto': the mean of the batches' extremes; the largest magnitude of a row, or the least
@@ -63,9 +70,10 @@ class UniformConfig(QuantizationConfig):
         raise UserError(
           f'`{name}` must be one of {", ".join(legal)}. Received: {getattr(self, name)!r}.'
         )
-    if self.activation_range == 'learned_symmetric' and self.activation_bits == 1:
+    if needs_more_bits(self.activation_range, self.activation_bits):
       raise UserError(
-        "`activation_range` 'learned_symmetric' needs `activation_bits` of at least 2. Received: 1."
+        f'`activation_range` {self.activation_range!r} needs `activation_bits` of at least 2. '
+        f'Received: {self.activation_bits}.'
       )
     if not self.pact_decay >= 0.0:
       raise UserError(f'`pact_decay` must be at least 0. Received: {self.pact_decay}.')
@@ -106,10 +114,12 @@ class Uniform(Quantization):
     start, kind = config.range_start, config.activation_range
     if kind == 'pact' and nonnegative:
       return Pact(bits, config.pact_decay, start=start)
-    if kind in ('running', 'pact'):
+    if kind == 'dorefa' and nonnegative:
+      return DorefaActivation(bits)
+    if kind in ('running', 'pact', 'dorefa'):
       return running_range(calls, bits, config.momentum, nonnegative, start=start)
-    symmetric = kind == 'learned_symmetric'
-    return LearnedRange(bits, nonnegative, start=start, symmetric=symmetric)
+    symmetric, log2 = kind in _SYMMETRIC_RANGES, kind == 'learned_log2'
+    return LearnedRange(bits, nonnegative, start=start, symmetric=symmetric, log2=log2)
 
   def bind(self, model):
     super().bind(model)
