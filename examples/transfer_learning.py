@@ -1,6 +1,6 @@
 """Transfer learning, then 8 bits, without flags: a MobileNetV2 base with a new head, on the digits.
 
-    python examples/transfer_learning.py --output_dir=exports
+    ./scripts/run_local.sh examples/transfer_learning.py --output_dir=exports
 
 The base stands for a downloaded one: random weights, batch norms with statistics of real images.
 """
