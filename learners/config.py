@@ -15,7 +15,7 @@ class RunConfig:
   exec_mode: str = option(
     'train', 'train and export, or evaluate what a work folder holds', choices=('train', 'eval')
   )
-  work_dir: str | None = option(None, 'folder of the run; unset: runs/<net>/<learner>')
+  work_dir: str | None = option(None, 'folder of the run; unset: runs/<net>_at_<dataset>/<learner>')
   pretrained: str | None = option(
     None, 'file of the float model: .keras, .weights.h5 or .npz; unset: it is trained first'
   )

@@ -5,7 +5,7 @@
 #
 #   -n=N, -n N, --nb_workers=N, --nb_gpus=N   worker processes, default 1; more than one need Horovod
 #                                             (scripts/install_horovod.sh)
-# All other arguments go to the net; `nets/<net>_run.py --help` lists them.
+# All other arguments go to the net; --help behind its name lists them.
 # The first start makes .venv and installs requirements.txt. POCKETSIZE_VENV=DIR uses the existing
 # environment DIR as it is instead. Ctrl-C and SIGTERM reach the workers, which save and leave; a
 # second one ends them.
