@@ -25,6 +25,8 @@ def load(model, path, names):
     UserError: the file is missing, of another kind, unreadable, or does not fit the model.
   """
   path = pathlib.Path(path).expanduser()
+  if path.is_dir():
+    raise UserError(f'Pretrained file {path}: must be a file. Received: a folder.')
   if not path.is_file():
     raise UserError(f'Pretrained file {path}: must exist. Received: no such file.')
   if path.name.endswith('.weights.h5'):
@@ -97,6 +99,12 @@ def _ends(model):
 
 
 def _read(path, read):
+  if path.suffix == '.h5':
+    kind, is_whole = 'HDF5 file', h5py.is_hdf5(path)
+  else:
+    kind, is_whole = f'{path.suffix} archive', zipfile.is_zipfile(path)
+  if not is_whole:
+    raise UserError(f'Pretrained file {path}: cannot be read: it is not a whole {kind}.')
   try:
     return read()
   except UserError:
@@ -120,8 +128,6 @@ def _from_keras(path):
 
 def _from_npz(name_by_path, path):
   """Arrays in the order of the names."""
-  if not zipfile.is_zipfile(path):
-    raise UserError(f'Pretrained file {path}: cannot be read: it is not an .npz archive.')
   with np.load(path, allow_pickle=False) as archive:
     for weight, name in name_by_path.items():
       if name not in archive:

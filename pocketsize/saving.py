@@ -1,5 +1,8 @@
 """Keras models as files: whole or absent when written, one sentence for a damaged one."""
 
+import pathlib
+import zipfile
+
 import keras
 
 from pocketsize.errors import UserError
@@ -18,6 +21,9 @@ def load_model(path):
   Raises:
     UserError: there is none, or it is damaged.
   """
+  # Keras says of what is no archive that it is not found.
+  if pathlib.Path(path).is_file() and not zipfile.is_zipfile(path):
+    raise UserError(f'Model {str(path)!r} cannot be loaded: it is not a whole .keras archive.')
   try:
     return keras.models.load_model(path, compile=False)
   # A damaged archive fails in any way that its parts can: BadZipFile, KeyError, HDF5's errors ...

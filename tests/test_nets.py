@@ -236,9 +236,11 @@ def test_missing_and_damaged_files_are_refused(kind, tmp_path):
   model = helper.build()
   with pytest.raises(UserError, match=f'{kind}: must exist'):
     helper.load_pretrained(model, tmp_path / kind)
+  with pytest.raises(UserError, match='must be a file. Received: a folder'):
+    helper.load_pretrained(model, tmp_path)
   for content in (b'', b'nonsense'):
     (tmp_path / kind).write_bytes(content)
-    with pytest.raises(UserError, match=f'{kind}: cannot be read: '):
+    with pytest.raises(UserError, match=f'{kind}: cannot be read: it is not a whole'):
       helper.load_pretrained(model, tmp_path / kind)
   _save(model, tmp_path / kind)
   whole = (tmp_path / kind).read_bytes()
