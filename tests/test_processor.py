@@ -16,14 +16,17 @@ from pocketsize.conversion.runners import session_options
     ('asimd', 'aarch64', False),
   ],
 )
-def test_openvino_may_overflow_without_vnni(tmp_path, monkeypatch, flags, machine, expected):
+def test_two_may_overflow_without_vnni(tmp_path, monkeypatch, flags, machine, expected):
   cpuinfo = tmp_path / 'cpuinfo'
   cpuinfo.write_text(f'processor : 0\nflags : {flags}\n')
   monkeypatch.setattr(processor.platform, 'machine', lambda: machine)
   assert processor.overflows('openvino_int8', cpuinfo) == expected
-  assert ('VNNI' in processor.note('openvino_int8', cpuinfo)) == expected
-  for format_ in ('openvino', 'onnx_qdq', 'tflite_int8'):
+  for format_ in ('openvino_int8', 'onnx_qdq'):
+    assert ('VNNI' in processor.note(format_, cpuinfo)) == expected
+  for format_ in ('openvino', 'onnx', 'tflite_int8'):
     assert processor.note(format_, cpuinfo) == ''
+  # A session can be told not to.
+  assert not processor.overflows('onnx_qdq', cpuinfo)
   assert not processor.overflows('openvino_int8', tmp_path / 'missing')
 
 
