@@ -50,6 +50,11 @@ def test_all_roll_outs_and_the_chosen_values_are_shown(tmp_path, drawn):
   assert right.get_ylabel() == 'bits'
 
 
+def test_one_choice_has_no_bar_of_numbers(tmp_path, drawn):
+  plot(RECORDS[:1], PROBLEM, tmp_path / 'search.png')
+  assert len(drawn[0].axes) == 2 and drawn[0].axes[0].get_title() == 'the one choice'
+
+
 def test_without_a_budget_there_is_no_line(tmp_path, drawn):
   problem = mean_bits((0.5, 0.5), budget=None)
   plot(RECORDS, problem, tmp_path / 'search.png')

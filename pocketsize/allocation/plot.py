@@ -49,7 +49,8 @@ def _draw_rollouts(figure, axes, records, problem, chosen, reward):
     alpha=0.85,
     linewidths=0,
   )
-  figure.colorbar(points, ax=axes, label='roll-out', pad=0.01)
+  if len(records) > 1:
+    figure.colorbar(points, ax=axes, label='roll-out', pad=0.01)
   axes.plot(
     chosen.cost,
     chosen.reward,
@@ -64,7 +65,7 @@ def _draw_rollouts(figure, axes, records, problem, chosen, reward):
     axes.axvline(problem.budget, color='0.4', linestyle='--', label=f'budget: {problem.budget:.4g}')
   axes.set_xlabel(problem.cost.name)
   axes.set_ylabel(reward)
-  axes.set_title('all roll-outs')
+  axes.set_title('all roll-outs' if len(records) > 1 else 'the one choice')
   axes.grid(color='0.9')
   axes.set_axisbelow(True)
   # Below the axes, where it hides no point.
