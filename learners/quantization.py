@@ -82,7 +82,9 @@ def rules(config, prefix, default, graph, bits=None):
   flag = f'{prefix}_weight_bits_list'
   text = getattr(config, flag)
   if bits is None and text is not None:
-    bits = _bits_by_path(flag, text, list(targets.weighted_layers(graph)))
+    paths = list(targets.weighted_layers(graph))
+    bits = _bits_by_path(flag, text, paths)
+    _check_bits(flag, bits, paths, default.WEIGHT_BITS)
   return [targets.Rule(default)] + [
     targets.Rule(
       dataclasses.replace(default, weight_bits=number, end_weight_bits=0), op_names=(path,)
@@ -114,6 +116,21 @@ def _bits_by_path(flag, text, paths):
       f'{", ".join(paths)}. Received: {len(bits)} numbers.'
     )
   return dict(zip(paths, bits, strict=True))
+
+
+def _check_bits(flag, bits, paths, legal):
+  """Raises a UserError for a layer that is not among `paths`, or bits that are not `legal`."""
+  unknown = [path for path in bits if path not in paths and not path.startswith('{re}')]
+  if unknown:
+    raise UserError(
+      f'--{flag} must name layers with weights: {", ".join(paths)}. Received: {unknown[0]!r}.'
+    )
+  for path, number in bits.items():
+    if number not in (*legal, FLOAT_BITS):
+      raise UserError(
+        f'--{flag} must have bits from {legal[0]} to {legal[-1]}, or {FLOAT_BITS} for float. '
+        f'Received: {number} for {path}.'
+      )
 
 
 def _from_file(flag, path):

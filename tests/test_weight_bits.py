@@ -56,8 +56,8 @@ def test_some_layers_by_name_in_any_order(tmp_path):
     ('4', 'must have one number for each of the'),
     ('conv0:4,3', 'must name every layer, each once, or none'),
     ('conv0:4,conv0:3', 'must name every layer, each once, or none'),
-    ('conv9:4', "'conv9', which matches no layer"),
-    ('conv0:17', 'must be from 1 to 16, or 32 for float. Received: 17'),
+    ('conv9:4', "must name layers with weights: conv0, conv1.*Received: 'conv9'"),
+    ('conv0:17', '_bits_list must have bits from 1 to 16, or 32 for float. Received: 17'),
     ('missing.json', 'missing.json cannot be read'),
   ],
 )
