@@ -4,6 +4,8 @@ import abc
 import contextlib
 import time
 
+import keras
+
 from learners.phases import Phases
 from pocketsize import configure, conversion, report, schedules
 from pocketsize.compressor import Stack
@@ -93,6 +95,8 @@ class Learner(Phases, abc.ABC):
 
   def _float_model(self):
     """Returns the float model: kept by an earlier start, pretrained, or trained now."""
+    # Of the seed alone, whatever was built before it for checks.
+    keras.utils.set_random_seed(self.run.seed)
     kept = self.folder / 'float.keras'
     source = self.runtime.broadcast(kept if kept.exists() else self.run.pretrained)
     model = self._loaded(source) if source else self.helper.build()

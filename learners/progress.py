@@ -31,7 +31,7 @@ class ProgressReport:
 
   def __enter__(self):
     self._began = time.monotonic()
-    if not self.quiet and sys.stdout.isatty():
+    if not self.quiet and sys.stdout and sys.stdout.isatty():
       self._bar = progress.Progress(
         progress.TextColumn('{task.description}', table_column=Column(no_wrap=True)),
         progress.BarColumn(bar_width=20),

@@ -50,7 +50,8 @@ class Results:
     """Writes final.keras and, if `model` (`Instrumented`) has quantizers, quantized.keras."""
     save_model(strip(model), self.folder / 'final.keras')
     if conversion.is_quantized(model):
-      save_model(model, self.folder / 'quantized.keras')
+      # Without the loss and the optimizer of the training, which nobody else could load.
+      save_model(instrument(model.source, model.placements), self.folder / 'quantized.keras')
 
   def write_report(self, float_model, model, seconds, began, command):
     """Exports and packs `model`, runs the files, writes report.json and prints its table.

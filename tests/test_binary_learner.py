@@ -165,7 +165,7 @@ def test_a_run_stopped_in_each_stage_ends_with_the_same_bits(tmp_path, finished,
   monkeypatch.setattr(training._Loop, 'on_train_batch_end', original)
   assert run(tmp_path, '--export_formats=none') == 0
   one, other = (
-    keras.models.load_model(folder / 'quantized.keras', compile=False).get_weights()
+    keras.models.load_model(folder / 'quantized.keras').get_weights()
     for folder in (tmp_path, finished)
   )
   for left, right in zip(one, other, strict=True):

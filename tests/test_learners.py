@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from learners import main, training
 from learners.checkpoint import Checkpoints
+from learners.learner import Learner
 from learners.workfolder import WorkFolder
 from nets.convnet_at_digits import ModelHelper
 from pocketsize import calibration, packed
@@ -126,6 +127,19 @@ def test_a_run_killed_at_any_step_ends_with_the_same_bits(
   assert_same_bits(weights(tmp_path), undisturbed(*learner))
 
 
+def test_the_float_model_follows_from_the_seed_alone(tmp_path, monkeypatch):
+  """Also where a learner has built nets before, to check its flags."""
+  monkeypatch.setattr(Learner, '_train_float', lambda learner, model: None)
+  models = []
+  for name in ('full-prec', 'binary'):
+    (tmp_path / name).mkdir()
+    flags = [f'--learner={name}', f'--work_dir={tmp_path / name}']
+    learner = main.make_learner(ModelHelper, ['convnet_at_digits_run.py', *SMALL, *flags])
+    learner.check()
+    models.append(learner._float_model().get_weights())
+  assert_same_bits(*models)
+
+
 def test_another_seed_gives_other_weights(tmp_path, undisturbed):
   assert run(tmp_path, *UNIFORM, '--seed=1') == 0
   assert any(
@@ -145,7 +159,7 @@ def test_a_finished_run_started_again_changes_nothing(copy, more):
 def test_batch_norm_is_estimated_anew_once_the_model_is_trained(finished, undisturbed):
   """From augmented training batches, the first ones, through what is shipped."""
   folder = finished(*UNIFORM, '--nb_batches_bn=2')
-  model = keras.models.load_model(folder / 'quantized.keras', compile=False)
+  model = keras.models.load_model(folder / 'quantized.keras')
   final = keras.models.load_model(folder / 'final.keras', compile=False)
   learner = main.make_learner(ModelHelper, ['x', f'--work_dir={folder}', *SMALL, *UNIFORM])
   before = undisturbed(*UNIFORM)
@@ -306,7 +320,7 @@ def test_the_report_has_its_stable_keys(finished):
   assert bits == {'conv0': (8, 8), 'conv1': (4, 8), 'conv2': (4, 8), 'dense': (8, 8)}
   assert report['compressed']['bytes'] == (folder / 'final.keras').stat().st_size
   path = folder / 'exports' / 'convnet.packed'
-  model = keras.models.load_model(folder / 'quantized.keras', compile=False)
+  model = keras.models.load_model(folder / 'quantized.keras')
   assert report['packed'] == packed.verify(path, model)
   assert {name: weight.bits for name, weight in packed.load(path).weights.items()} == {
     weight.path: bits[weight.path.split('/')[0]][0] if weight.name == 'kernel' else 32
@@ -564,7 +578,7 @@ def test_learned_scales_and_ranges_in_all_formats(tmp_path):
   }
   assert kinds == {'LearnedScale', 'LearnedRange'}
   files = {file['format']: file for file in report['files']}
-  model = keras.models.load_model(tmp_path / 'quantized.keras', compile=False)
+  model = keras.models.load_model(tmp_path / 'quantized.keras')
   low, high = model.transforms_at('dense', 'output')[0].range()
   step = (high - low) / 255
   assert len(files) == 6

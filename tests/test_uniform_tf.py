@@ -50,7 +50,7 @@ def test_all_files_compute_what_tfmot_trained(finished):
     difference = files[name]['metrics']['accuracy'] - report['compressed']['metrics']['accuracy']
     assert abs(difference) <= (0.03 if overflows(name) else 0.01)
   # One step of the output for LiteRT and ONNX Runtime.
-  model = keras.models.load_model(finished / 'quantized.keras', compile=False)
+  model = keras.models.load_model(finished / 'quantized.keras')
   low, high = model.transforms_at('dense', 'output')[0].range()
   assert files['tflite_int8']['max_abs_diff'] <= 1.01 * (high - low) / 255
   assert files['onnx_qdq']['max_abs_diff'] <= 1.01 * (high - low) / 255
@@ -64,7 +64,7 @@ def test_all_files_compute_what_tfmot_trained(finished):
 
 def test_final_keras_has_the_weights_as_deployed(finished):
   final = keras.models.load_model(finished / 'final.keras', compile=False)
-  quantized = keras.models.load_model(finished / 'quantized.keras', compile=False)
+  quantized = keras.models.load_model(finished / 'quantized.keras')
   start = keras.models.load_model(finished / 'float.keras', compile=False)
   for name in ('conv0', 'conv1', 'conv2', 'dense'):
     np.testing.assert_array_equal(final.get_layer(name).kernel, quantized.baked(name))
