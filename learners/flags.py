@@ -1,6 +1,7 @@
 """Flags from dataclass fields: one source for name, type, default, help and legal values."""
 
 import dataclasses
+import re
 
 from absl import flags
 
@@ -35,6 +36,12 @@ def parse(argv, config_types):
   flags.DEFINE_bool('help', False, 'show the flags', short_name='h', flag_values=values)
   try:
     rest = values(list(argv))
+  except flags.IllegalFlagValueError as error:
+    # absl tells which flag it was, and then what Python's conversion had to say.
+    name, value = re.match(r'flag --(\w+)=(.*?): ', str(error), re.DOTALL).groups()
+    owners = [each for each in config_types.values() if name in each.__dataclass_fields__]
+    legal = legal_values(owners[0], name) if owners else 'true or false'  # --help is in none
+    raise UserError(f'--{name} must be {legal}. Received: {value!r}.') from error
   except flags.Error as error:
     message = str(error).removeprefix('ERROR:: ').rstrip('.')
     raise UserError(f'{message}. --help lists the flags.') from error
