@@ -90,7 +90,7 @@ class BinaryLearner(Learner):
         '--lrn_rate_ft has no effect with --learner=binary, whose learning rate is --bin_lrn_rate. '
         f'Received: --lrn_rate_ft={self.run.lrn_rate_ft}.'
       )
-    graph = Graph(self.source())
+    graph = Graph(self.structure)
     stack = Stack(self.compressors(graph, self._steps(self.epochs())))
     if not stack.plan(graph):
       reasons = '; '.join(f'{name}: {reason}' for name, reason in stack.skipped.items())

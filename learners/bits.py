@@ -38,7 +38,7 @@ class BitAllotting(Allotting):
 
   def check(self):
     if self.config.searches:
-      graph = Graph(self.source())
+      graph = Graph(self.structure)
       lowest = {variable.name: variable.choices[0] for variable in self.variables(graph)}
       self.compressor(self.rules(graph, self.config.quantization(), lowest)).plan(graph)
       # Layers are not timed before the folder for their times is this run's.

@@ -51,7 +51,7 @@ class ChannelLearner(Learner):
     return self.helper.epochs()
 
   def check(self):
-    channels, found, _ = self.plan(self.source())
+    channels, found, _ = self.plan(self.structure)
     if self.config.target != 'latency':
       self.check_target(channels, found)
     super().check()

@@ -11,7 +11,7 @@ from pocketsize.options import check_options, option
 class RunConfig:
   """Where a run gets its model, how it trains, what it writes."""
 
-  learner: str = option('full-prec', 'the algorithm')
+  learner: str = option('full-prec', 'the algorithm, a heading of docs/learners.md')
   exec_mode: str = option(
     'train', 'train and export, or evaluate what a work folder holds', choices=('train', 'eval')
   )

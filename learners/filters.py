@@ -98,7 +98,7 @@ class FilterLearner(Learner):
     return self.helper.epochs()
 
   def check(self):
-    self._filters(Graph(self.source()), self._steps(self.epochs()))
+    self._filters(Graph(self.structure), self._steps(self.epochs()))
     super().check()
 
   def compressors(self, graph, steps):

@@ -2,9 +2,8 @@
 
 import abc
 import contextlib
+import functools
 import time
-
-import keras
 
 from learners.phases import Phases
 from pocketsize import configure, conversion, report, schedules
@@ -39,13 +38,14 @@ class Learner(Phases, abc.ABC):
     """Does what --exec_mode says, as the only run in its work folder."""
     if self.run.exec_mode == 'train':
       self.check()
+      vars(self).pop('structure', None)  # A large net would take its memory twice.
     with self._on_chief(self._opened_folder) or contextlib.nullcontext():
       {'train': self.train, 'eval': self.evaluate}[self.run.exec_mode]()
 
   def check(self):
     """Raises a UserError for what would else be found out after hours of training."""
     self._check_batch_norm()
-    model = self.source()
+    model = self.structure
     stack = self._stack(model)
     if self.run.enbl_dst:
       stack.compressors.append(self.distillation(model))
@@ -95,8 +95,6 @@ class Learner(Phases, abc.ABC):
 
   def _float_model(self):
     """Returns the float model: kept by an earlier start, pretrained, or trained now."""
-    # Of the seed alone, whatever was built before it for checks.
-    keras.utils.set_random_seed(self.run.seed)
     kept = self.folder / 'float.keras'
     source = self.runtime.broadcast(kept if kept.exists() else self.run.pretrained)
     model = self._loaded(source) if source else self.helper.build()
@@ -140,8 +138,13 @@ class Learner(Phases, abc.ABC):
     self._re_estimate_batch_norm(model)
     return self.finished(model)
 
-  def source(self):
-    """Returns the structure of the float model, for checks; its weights need not be trained."""
+  @functools.cached_property
+  def structure(self):
+    """The float model for checks; its weights need not be trained.
+
+    Made once, since a net takes its initial weights from Keras' random state: those of the real one
+    then follow from the seed alone, whatever a learner checks.
+    """
     return self._loaded(self.run.pretrained) if self.run.pretrained else self.helper.build()
 
   def prepared(self, model):

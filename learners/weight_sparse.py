@@ -121,7 +121,7 @@ class WeightSparse(Allotting):
 
   def check(self):
     if self.config.searches:
-      self.problem(Graph(self.source()))
+      self.problem(Graph(self.structure))
     super().check()
 
   def prepared(self, model):
