@@ -18,6 +18,7 @@ from pocketsize.errors import UserError
 from pocketsize.instrument import instrument, strip
 from pocketsize.quantization.quantizers import ActivationQuantizer
 from pocketsize.transform import Placement
+from tools import command
 
 
 class Counter:
@@ -251,6 +252,13 @@ def test_command_lines_say_what_is_wrong(arguments, message, tmp_path):
   result = _tool(*arguments)
   assert result.returncode == 2
   assert message in result.stderr and 'Traceback' not in result.stderr
+
+
+def test_help_of_a_tool_is_no_mistake(capsys):
+  with pytest.raises(SystemExit) as left:
+    command._parse(['export.py', '--help'])
+  printed = capsys.readouterr()
+  assert left.value.code == 0 and printed.out and not printed.err
 
 
 @pytest.mark.parametrize(('given', 'expected'), [(None, '1'), ('0', '0')])

@@ -28,9 +28,11 @@ def run(main):
 
 
 def _parse(argv):
-  # absl itself leaves with code 1 and prints its help.
+  # absl itself leaves with code 1 and prints its help, also where that was asked for.
   from absl import flags
 
+  if '--help' in argv[1:]:
+    app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)
   try:
     return flags.FLAGS(argv)
   except flags.Error as error:
