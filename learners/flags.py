@@ -45,6 +45,8 @@ def parse(argv, config_types):
   except flags.Error as error:
     message = str(error).removeprefix('ERROR:: ').rstrip('.')
     raise UserError(f'{message}. --help lists the flags.') from error
+  except ValueError as error:  # a value behind --noNAME
+    raise UserError(f'{error}. --help lists the flags.') from error
   except OSError as error:
     raise UserError(f'--flagfile names a file that cannot be read: {error}.') from error
   if values.help:

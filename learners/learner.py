@@ -142,8 +142,8 @@ class Learner(Phases, abc.ABC):
   def structure(self):
     """The float model for checks; its weights need not be trained.
 
-    Made once, since a net takes its initial weights from Keras' random state: those of the real one
-    then follow from the seed alone, whatever a learner checks.
+    Made once: a net takes its initial weights from Keras' random state, so each that a learner made
+    for its checks would change those of the real one. (A teacher that is read from a file does.)
     """
     return self._loaded(self.run.pretrained) if self.run.pretrained else self.helper.build()
 

@@ -56,9 +56,10 @@ def test_int8_needs_quantizers(tmp_path):
     conversion.export(model, tmp_path, ['onnx_qdq'])
 
 
-def test_a_quantizer_without_data_is_named(tmp_path):
+@pytest.mark.parametrize('bits', [8, 16])
+def test_a_quantizer_without_data_is_named(bits, tmp_path):
   model = instrument(
-    models.BUILDERS['plain'](), [Placement('image', 'output', ActivationQuantizer(8))]
+    models.BUILDERS['plain'](), [Placement('image', 'output', ActivationQuantizer(bits))]
   )
   with pytest.raises(UserError, match="'image' never saw data"):
     conversion.export(model, tmp_path)

@@ -16,6 +16,7 @@ import tensorflow as tf
 from learners import main, training
 from learners.checkpoint import Checkpoints
 from learners.learner import Learner
+from learners.progress import ProgressReport
 from learners.workfolder import WorkFolder
 from nets.convnet_at_digits import ModelHelper
 from pocketsize import calibration, packed
@@ -127,8 +128,14 @@ def test_a_run_killed_at_any_step_ends_with_the_same_bits(
   assert_same_bits(weights(tmp_path), undisturbed(*learner))
 
 
-def test_the_float_model_follows_from_the_seed_alone(tmp_path, monkeypatch):
-  """Also where a learner has built nets before, to check its flags."""
+def test_without_an_output_nothing_is_shown(monkeypatch):
+  monkeypatch.setattr(sys, 'stdout', None)
+  with ProgressReport('training', 3) as report:
+    report.say(1, {'now': 'one'})
+    report.advance(2)
+
+
+def test_the_float_model_is_the_same_whatever_a_learner_checks(tmp_path, monkeypatch):
   monkeypatch.setattr(Learner, '_train_float', lambda learner, model: None)
   models = []
   for name in ('full-prec', 'binary'):
@@ -443,6 +450,7 @@ def test_evaluation_reproduces_the_report_and_writes_nothing(copy, capfd):
     ),
     (['--seed=4294967296'], '--seed must be'),
     (['--batch_size=many'], "--batch_size must be an integer at least 1. Received: 'many'"),
+    (['--noenbl_dst=1'], '--noenbl_dst=1 does not take an argument'),
     (['--help=much'], "--help must be true or false. Received: 'much'"),
     (['--enbl_dst=maybe'], "--enbl_dst must be true or false. Received: 'maybe'"),
     (['--learner=uniform', '--uql_weight_bits_list=8,8'], 'one number for each of the 4 layers'),
