@@ -12,11 +12,11 @@ import math
 import keras
 import numpy as np
 import pytest
-from toys import MODELS, compile_for_logits, images, labels
+from toys import MODELS, assert_resumes, compile_for_logits, fit, images
 
 import pocketsize
 from pocketsize import conversion
-from pocketsize.compressor import CompressionCallback, discover
+from pocketsize.compressor import discover
 from pocketsize.configure import stack_from
 from pocketsize.instrument import ACTIVATION_POINTS
 from pocketsize.transform import Transform
@@ -88,21 +88,6 @@ def entries(name):
   return [{'algorithm': name.partition(':')[0], **BUSY.get(name, {})}]
 
 
-def fit(model, stack, begin, end, callback_step=None):
-  """Trains steps `begin` to `end`; a batch is a function of its step."""
-  steps = range(begin, end)
-  x = np.concatenate([images(seed=step) for step in steps])
-  y = np.concatenate([labels(seed=step) for step in steps])
-  model.fit(
-    x,
-    y,
-    batch_size=8,
-    shuffle=False,
-    verbose=0,
-    callbacks=[CompressionCallback(stack, callback_step)],
-  )
-
-
 def compressed(name, toy):
   model, stack = pocketsize.compress(MODELS[toy](), entries(name), calibration=[images(seed=77)])
   return compile_for_logits(model), stack
@@ -169,20 +154,7 @@ def test_save_and_load_are_equal(name, toy, tmp_path):
 @pytest.mark.parametrize('toy', ['nested'])
 @each_configuration
 def test_twenty_and_twenty_steps_are_forty_bit_for_bit(name, toy, deterministic):
-  whole, stack = compressed(name, toy)
-  fit(whole, stack, 0, STEPS)
-  half, stack = compressed(name, toy)
-  fit(half, stack, 0, STEPS // 2)
-  state = [np.array(variable) for variable in half.weights + half.optimizer.variables]
-  rest, stack = compressed(name, toy)
-  rest.optimizer.build(rest.trainable_variables)
-  for variable, value in zip(rest.weights + rest.optimizer.variables, state, strict=True):
-    variable.assign(value)
-  fit(rest, stack, STEPS // 2, STEPS)
-  for expected, got in zip(
-    whole.weights + whole.optimizer.variables, rest.weights + rest.optimizer.variables, strict=True
-  ):
-    np.testing.assert_array_equal(got, expected, err_msg=expected.path)
+  assert_resumes(lambda: compressed(name, toy), STEPS, [STEPS // 2])
 
 
 @pytest.mark.parametrize('name', sorted({*ALGORITHMS} & {*BUSY}))

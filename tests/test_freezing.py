@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
-from toys import compile_for_logits, conv_net, images, labels
+from toys import assert_resumes, compile_for_logits, conv_net, fit, images
 
 import pocketsize
 from pocketsize import configure
-from pocketsize.compressor import CompressionCallback, Stack
+from pocketsize.compressor import Stack
 from pocketsize.configure import stack_from
 from pocketsize.errors import UserError
 from pocketsize.freezing import FreezeBatchNorm
@@ -34,19 +34,6 @@ def frozen_from(step, *others):
   stack = Stack([*others, FreezeBatchNorm(step)])
   model = compile_for_logits(configure.attach(both_nets(), stack))
   return model, stack
-
-
-def fit(model, stack, begin, end):
-  """Trains steps `begin` to `end`; a batch is a function of its step."""
-  for_step = range(begin, end)
-  model.fit(
-    np.concatenate([images(seed=step) for step in for_step]),
-    np.concatenate([labels(seed=step) for step in for_step]),
-    batch_size=8,
-    shuffle=False,
-    verbose=0,
-    callbacks=CompressionCallback(stack, begin),
-  )
 
 
 def statistics(model):
@@ -130,23 +117,7 @@ def quantized_and_frozen():
 
 def test_twenty_and_twenty_steps_are_forty_across_the_freeze(deterministic):
   """Frozen before the break; and resumed at 10, which is before the freeze."""
-  whole, stack = quantized_and_frozen()
-  fit(whole, stack, 0, 40)
-  for middle in (10, 20):
-    half, stack = quantized_and_frozen()
-    fit(half, stack, 0, middle)
-    state = [np.array(variable) for variable in half.weights + half.optimizer.variables]
-    rest, stack = quantized_and_frozen()
-    rest.optimizer.build(rest.trainable_variables)
-    for variable, value in zip(rest.weights + rest.optimizer.variables, state, strict=True):
-      variable.assign(value)
-    fit(rest, stack, middle, 40)
-    for expected, got in zip(
-      whole.weights + whole.optimizer.variables,
-      rest.weights + rest.optimizer.variables,
-      strict=True,
-    ):
-      np.testing.assert_array_equal(got, expected, err_msg=expected.path)
+  assert_resumes(quantized_and_frozen, 40, [10, 20])
 
 
 def test_saved_and_stripped_it_computes_the_same(tmp_path):

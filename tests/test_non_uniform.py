@@ -4,11 +4,10 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from toys import compile_for_logits, conv_net, images, labels
+from toys import assert_resumes, compile_for_logits, conv_net, fit, images
 
 import pocketsize
 from pocketsize import conversion, report
-from pocketsize.compressor import CompressionCallback
 from pocketsize.errors import UserError
 from pocketsize.graph import Graph
 from pocketsize.quantization import centres
@@ -24,13 +23,6 @@ def compressed(mode='weights', **changes):
   entry = {'algorithm': 'non-uniform', 'weight_bits': 2, 'mode': mode, 'refit_every': 4, **changes}
   model, stack = pocketsize.compress(conv_net(), [entry], calibration=[images(seed=77)])
   return compile_for_logits(model), stack
-
-
-def fit(model, stack, begin, end):
-  steps = range(begin, end)
-  x, y = (np.concatenate([make(seed=step) for step in steps]) for make in (images, labels))
-  callback = CompressionCallback(stack, begin)
-  model.fit(x, y, batch_size=8, shuffle=False, verbose=0, callbacks=[callback])
 
 
 def codebooks(model):
@@ -143,20 +135,7 @@ def test_a_run_begins_at_its_start(start):
 @pytest.mark.parametrize('mode', ['clusters', 'both'])
 def test_six_and_six_steps_are_twelve_bit_for_bit(mode, deterministic):
   """The battery has mode `weights`."""
-  whole, stack = compressed(mode)
-  fit(whole, stack, 0, 12)
-  half, stack = compressed(mode)
-  fit(half, stack, 0, 6)
-  state = [np.array(variable) for variable in half.weights + half.optimizer.variables]
-  rest, stack = compressed(mode)
-  rest.optimizer.build(rest.trainable_variables)
-  for variable, value in zip(rest.weights + rest.optimizer.variables, state, strict=True):
-    variable.assign(value)
-  fit(rest, stack, 6, 12)
-  for expected, got in zip(
-    whole.weights + whole.optimizer.variables, rest.weights + rest.optimizer.variables, strict=True
-  ):
-    np.testing.assert_array_equal(got, expected, err_msg=expected.path)
+  assert_resumes(lambda: compressed(mode), 12, [6])
 
 
 def test_pruned_weights_stay_zero_through_training():

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from keras import layers
-from toys import MODELS, compile_for_logits, conv_net, images, labels
+from toys import MODELS, assert_resumes, compile_for_logits, conv_net, fit, images
 
 import pocketsize
 from pocketsize import calibration, configure, conversion
-from pocketsize.compressor import CompressionCallback, Stack, Stage
+from pocketsize.compressor import Stack, Stage
 from pocketsize.errors import UserError, first_sentence
 from pocketsize.quantization import tfmot_bridge
 from pocketsize.quantization.last_value import LastValueQuantizer
@@ -31,14 +31,6 @@ def attached(model, **config):
   instrumented = configure.attach(model, stack)
   calibration.calibrate(instrumented, [images(64, channels=model.inputs[0].shape[-1])])
   return compile_for_logits(instrumented), stack
-
-
-def fit(model, stack, begin=0, end=8):
-  """Trains steps `begin` to `end`; a batch is a function of its step."""
-  x, y = (np.concatenate([f(seed=step) for step in range(begin, end)]) for f in (images, labels))
-  model.fit(
-    x, y, batch_size=8, shuffle=False, verbose=0, callbacks=[CompressionCallback(stack, begin)]
-  )
 
 
 def without_tfmot(model, x):
@@ -193,7 +185,7 @@ def test_what_tfmot_trains_is_what_our_quantizers_compute(make):
   model, stack = attached(make())
   np.testing.assert_allclose(model(images()), without_tfmot(model, images()), atol=1e-6)
   before = [np.array(variable) for variable in model.source.trainable_variables]
-  fit(model, stack)
+  fit(model, stack, 0, 8)
   for variable, old in zip(model.source.trainable_variables, before, strict=True):
     assert np.abs(np.array(variable) - old).max() > 0, variable.path
   np.testing.assert_allclose(model(images()), without_tfmot(model, images()), atol=1e-6)
@@ -203,7 +195,7 @@ def test_what_tfmot_trains_is_what_our_quantizers_compute(make):
 @pytest.mark.parametrize('make', [each_kind_net, foreign_net])
 def test_a_saved_model_needs_no_tfmot(make, tmp_path):
   model, stack = attached(make())
-  fit(model, stack)
+  fit(model, stack, 0, 8)
   model.save(tmp_path / 'model.keras')
   loaded = keras.models.load_model(tmp_path / 'model.keras', compile=False)
   assert loaded.computed_by is None
@@ -213,7 +205,7 @@ def test_a_saved_model_needs_no_tfmot(make, tmp_path):
 def test_the_int8_file_agrees_with_the_twin_and_with_the_file_of_tensorflow(tmp_path):
   """A step of the output at most from the twin, and from the file that TensorFlow makes of it."""
   model, stack = attached(conv_net())
-  fit(model, stack)
+  fit(model, stack, 0, 8)
   (file,) = conversion.export(model, tmp_path, ['tflite_int8'])
   x = images(32, seed=9)
   (got,) = conversion.open_file(file.path)(x)
@@ -298,7 +290,7 @@ def test_masks_and_integers():
 
 def test_the_int8_file_of_a_model_that_is_partly_float(tmp_path):
   model, stack = attached(foreign_net())
-  fit(model, stack)
+  fit(model, stack, 0, 8)
   (file,) = conversion.export(model, tmp_path, ['tflite_int8'])
   (got,) = conversion.open_file(file.path)(images(32, seed=9))
   low, high = model.transforms_at('head', 'output')[0].range()
@@ -426,22 +418,7 @@ def test_ten_and_ten_steps_are_twenty_bit_for_bit(deterministic):
   """With dropout, whose random state is Keras' own."""
   keras.utils.set_random_seed(1)
   config = {'quant_delay': 4, 'freeze_bn_delay': 12}
-  whole, stack = attached(each_kind_net(), **config)
-  fit(whole, stack, 0, 20)
-  half, stack = attached(each_kind_net(), **config)
-  fit(half, stack, 0, 10)
-  state = [np.array(variable) for variable in half.variables + half.optimizer.variables]
-  rest, stack = attached(each_kind_net(), **config)
-  rest.optimizer.build(rest.trainable_variables)
-  for variable, value in zip(rest.variables + rest.optimizer.variables, state, strict=True):
-    variable.assign(value)
-  fit(rest, stack, 10, 20)
-  for expected, got in zip(
-    whole.variables + whole.optimizer.variables,
-    rest.variables + rest.optimizer.variables,
-    strict=True,
-  ):
-    np.testing.assert_array_equal(got, expected, err_msg=expected.path)
+  assert_resumes(lambda: attached(each_kind_net(), **config), 20, [10])
 
 
 def test_on_a_gpu_gradients_are_those_of_clipping(monkeypatch):

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 from keras import layers
 
+from pocketsize.compressor import CompressionCallback
 from pocketsize.graph import Graph
 
 
@@ -91,13 +92,63 @@ def paths(model):
 
 def compile_for_logits(model, rate=0.05):
   """Compiles `model` for integer labels with SGD and momentum, and returns it."""
-  model.compile(
-    keras.optimizers.SGD(rate, momentum=0.9),
-    keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-  )
+  optimizer = keras.optimizers.SGD(rate, momentum=0.9)
+  # Where a step makes variables, TensorFlow traces it twice.
+  optimizer.build(model.trainable_variables)
+  model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
   return model
 
 
 def labels(count=8, seed=0):
   """Returns [count] integers below 4."""
   return np.random.default_rng(seed + 100).integers(0, 4, count)
+
+
+def fit(model, stack, begin, end, callback_step=None):
+  """Trains steps `begin` to `end`; a batch is a function of its step.
+
+  Args:
+    callback_step: the step that the callback is told; None for `begin`.
+  """
+  steps = range(begin, end)
+  model.fit(
+    np.concatenate([images(seed=step) for step in steps]),
+    np.concatenate([labels(seed=step) for step in steps]),
+    batch_size=8,
+    shuffle=False,
+    verbose=0,
+    callbacks=[CompressionCallback(stack, begin if callback_step is None else callback_step)],
+  )
+
+
+def state(model):
+  """Returns copies of all variables of a compiled model and of its optimizer."""
+  return [np.array(variable) for variable in model.variables + model.optimizer.variables]
+
+
+def set_state(model, values):
+  for variable, value in zip(model.variables + model.optimizer.variables, values, strict=True):
+    variable.assign(value)
+
+
+def assert_resumes(make, steps, middles):
+  """Asserts that a run broken off at one of `middles` ends with the bits of a whole one.
+
+  What runs up to the middle is the model of the whole run, set back: its step is traced already.
+
+  Args:
+    make: function without arguments to a new (compiled model, stack).
+  """
+  whole, stack = make()
+  beginning = state(whole)
+  fit(whole, stack, 0, steps)
+  wanted = state(whole)
+  for middle in middles:
+    set_state(whole, beginning)
+    fit(whole, stack, 0, middle)
+    rest, rest_stack = make()
+    set_state(rest, state(whole))
+    fit(rest, rest_stack, middle, steps)
+    names = [variable.path for variable in rest.variables + rest.optimizer.variables]
+    for name, expected, got in zip(names, wanted, state(rest), strict=True):
+      np.testing.assert_array_equal(got, expected, err_msg=name)
