@@ -119,7 +119,7 @@ class Allotting(Learner):
         sizes=[int(costs.weights(graph, layers).sum()) for layers in task.layers],
         candidates=task.candidates,
         scorer=scorer,
-        traces=lambda: self._traces(model, task, judge, shown.follow),
+        traces=lambda path: self._traces(model, task, judge, path, shown.follow),
         score=score,
         reward=reward,
         rollouts=task.rollouts,
@@ -207,7 +207,7 @@ class Allotting(Learner):
   def _judge(self, model):
     return Judge(self.helper, self.distillation(model) if self.run.enbl_dst else None)
 
-  def _traces(self, model, task, judge, follow):
+  def _traces(self, model, task, judge, path, follow):
     """Returns {path: mean diagonal of the Hessian} of all layers that are decided about."""
     numbers = sum(math.prod(each.shape[1:]) for each in model.inputs)
     batch = max(1, min(TRACE_BATCH, _TRACE_NUMBERS // numbers))
@@ -220,6 +220,7 @@ class Allotting(Learner):
       iterations=self.config.hawq_iterations,
       tolerance=self.config.hawq_tolerance,
       seed=self.run.seed,
+      path=path,
       follow=follow,
       **self._workers,
     )

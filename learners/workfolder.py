@@ -20,6 +20,7 @@ RESULTS = (
   'float.keras',
   'search.json',
   'losses.json',
+  'traces.json',
   'allocation.json',
   'pruned.keras',
   'final.keras',

@@ -193,6 +193,7 @@ def test_bits_are_searched_for_and_trained_with(undisturbed, name):
   assert (folder / 'search.json').exists() == (name in ('rl', 'tpe', 'gp'))
   # gp begins with what that finds.
   assert (folder / 'losses.json').exists() == (name in ('sensitivity', 'gp'))
+  assert (folder / 'traces.json').exists() == (name == 'hawq')
   assert 'allocation' in read(folder, 'report.json')['seconds']
 
 
@@ -428,11 +429,12 @@ def test_second_derivatives_are_of_the_loss_of_the_training_in_batches_that_fit(
   judge, shown = learner._judge(model), progress.SearchReport('hawq', 1, quiet=True)
   task = types.SimpleNamespace(layers=[('conv0', 'conv1'), ('conv1',)])
   large = types.SimpleNamespace(inputs=[keras.Input((side, side, 3))])
-  learner._traces(large, task, judge, shown.follow)
+  learner._traces(large, task, judge, 'traces.json', shown.follow)
   ((loss, batches, paths, options),) = taken
   assert {len(x) for x, _ in batches} == {batch} and sum(len(x) for x, _ in batches) == 64
   assert paths == ['conv0', 'conv1']
   assert (options['iterations'], options['follow']) == (4, shown.follow)
+  assert options['path'] == 'traces.json'
   x, (labels, wanted) = batches[0]
   np.testing.assert_allclose(wanted, model(x), atol=1e-5)
   task_loss = learner.helper.loss(labels, wanted)

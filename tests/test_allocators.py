@@ -78,7 +78,7 @@ def ground(problem, folder, seed=0, **changes):
     'sizes': [int(1000 * share) for share in SHARES[: len(problem.variables)]],
     'candidates': Candidates(problem),
     'scorer': types.SimpleNamespace(score=lambda levels: {'loss': loss(levels)}),
-    'traces': lambda: {
+    'traces': lambda path: {
       each.name: trace for each, trace in zip(problem.variables, TRACES, strict=False)
     },
     'score': score,
@@ -126,7 +126,9 @@ def allotted(tmp_path_factory):
         problem, folder, seed, track=lambda done, best: shown.append((done, best.reward))
       )
       if name != 'hawq':
-        given = dataclasses.replace(given, traces=lambda: pytest.fail('nobody needs curvature'))
+        given = dataclasses.replace(
+          given, traces=lambda path: pytest.fail('nobody needs curvature')
+        )
       outcome = allocators.allocate(name, given)
       files = {path.name: json.loads(path.read_text()) for path in folder.iterdir()}
       kept[name, make, seed, again] = Run(problem, outcome, scored, files, shown)
@@ -220,7 +222,7 @@ def test_all_workers_take_part_in_where_a_search_begins(tmp_path, monkeypatch):
   monkeypatch.setattr(allocators, 'search', lambda *given, **options: searched.append(options))
   given, _ = ground(bits(), tmp_path, start='hawq', workers={'rank': 1, 'size': 2})
   traces = given.traces
-  given = dataclasses.replace(given, traces=lambda: asked.append('traces') or traces())
+  given = dataclasses.replace(given, traces=lambda path: asked.append('traces') or traces(path))
   allocators.ALLOCATORS['rl'](given)
   assert asked == ['traces']
   assert len(searched[0]['first']) == 2

@@ -1,5 +1,9 @@
 """Hutchinson's estimates against exact Hessians."""
 
+import contextlib
+import functools
+import json
+
 import keras
 import numpy as np
 import pytest
@@ -147,15 +151,12 @@ def test_a_diagonal_hessian_is_exact_with_each_vector():
 
 
 def test_the_error_is_worked_out_by_hand_and_the_seed_decides():
-  """(w1 + 2 w2)^2 / 2: v'Hv is 5 + 4 or 5 - 4, so the mean over the diagonal is 2.5 + 2 or - 2."""
-  model = keras.Sequential([keras.Input((2,)), layers.Dense(1, use_bias=False, name='dense')])
-  data = [(np.array([[1.0, 2.0]], 'float32'), np.zeros((1, 1), 'float32'))]
+  """The mean over the diagonal is 2.5 + 2 or 2.5 - 2."""
 
   def estimated(**options):
-    return traces.estimate(
-      model, lambda y, outputs: 0.5 * tf.square(outputs - y), data, ['dense'], **options
-    )
+    return traces.estimate(*arguments, **options)
 
+  arguments = line()
   found = estimated(iterations=20, tolerance=0.0, seed=1)
   excess = (found.means['dense'] - 2.5) / 2.0
   assert round(10 * excess) == pytest.approx(10 * excess, abs=1e-5)
@@ -167,18 +168,85 @@ def test_the_error_is_worked_out_by_hand_and_the_seed_decides():
   assert estimated(iterations=1).errors == {'dense': np.inf}
 
 
-def test_workers_share_the_batches():
+def test_workers_share_the_batches_and_what_was_kept(tmp_path):
   model, data = randomized(toys.conv_net(), seed=5), batches(3)
 
-  def estimated(**shared):
+  def estimated(iterations=3, **shared):
     return traces.estimate(
-      model, cross_entropy, data, ['conv0', 'head'], iterations=3, seed=2, **shared
+      model, cross_entropy, data, ['conv0', 'head'], iterations=iterations, seed=2, **shared
     )
 
   alone = estimated()
   for each in threads.together(2, estimated):
     assert each.means == pytest.approx(alone.means, rel=1e-5)
     assert each.rounds == alone.rounds
+  kept = functools.partial(estimated, path=tmp_path / 'traces.json')
+  threads.together(2, functools.partial(kept, 2))
+  for each in threads.together(2, kept):
+    assert each.means == pytest.approx(alone.means, rel=1e-5)
+    assert each.rounds == alone.rounds
+
+
+def line():
+  """Returns the arguments for (w1 + 2 w2)^2 / 2: v'Hv is 5 + 4 or 5 - 4."""
+  model = keras.Sequential([keras.Input((2,)), layers.Dense(1, use_bias=False, name='dense')])
+  data = [(np.array([[1.0, 2.0]], 'float32'), np.zeros((1, 1), 'float32'))]
+  return model, lambda y, outputs: 0.5 * tf.square(outputs - y), data, ['dense']
+
+
+class Killed(Exception):
+  pass
+
+
+@pytest.mark.parametrize('after', [1, 5, 6])
+def test_a_kill_after_a_round_costs_none_of_those_before(after, tmp_path):
+  """The last ones before the mean stands still are among them."""
+  path, arguments = tmp_path / 'traces.json', line()
+  options = {'tolerance': 0.4, 'seed': 0}
+  whole = traces.estimate(*arguments, **options)
+  assert whole.rounds == 6
+  begun = []
+
+  def dying(rounds):
+    for each in rounds:
+      if each == after:
+        raise Killed
+      yield each
+
+  def counted(rounds):
+    for each in rounds:
+      begun.append(each)
+      yield each
+
+  # The loop that has all it needs asks for no further round.
+  with contextlib.suppress(Killed):
+    traces.estimate(*arguments, **options, path=path, follow=dying)
+  assert len(json.loads(path.read_text())['rounds']) == after
+  assert traces.estimate(*arguments, **options, path=path, follow=counted) == whole
+  assert len(begun) == 6 - after
+  assert traces.estimate(*arguments, **options, path=path, iterations=6) == whole
+
+
+@pytest.mark.parametrize(
+  ('content', 'message'),
+  [
+    ('{"seed": 0, "batches": 1, "layers": ["dense"], "rou', 'traces.json holds no traces: remove'),
+    ('[]', 'holds no traces'),
+    ('{"seed": 0, "batches": 1, "layers": ["dense"], "rounds": [[1.0], [1.0, 2.0]]}', 'no traces'),
+    (
+      '{"seed": 1, "batches": 1, "layers": ["dense"], "rounds": [[1.0]]}',
+      "other layers.*'seed': 1",
+    ),
+    ('{"seed": 0, "batches": 2, "layers": ["dense"], "rounds": [[1.0]]}', 'holds traces of other'),
+    ('{"seed": 0, "batches": 1, "layers": ["conv"], "rounds": [[1.0]]}', 'holds traces of other'),
+  ],
+)
+def test_a_file_of_something_else_is_refused(content, message, tmp_path):
+  path = tmp_path / 'traces.json'
+  path.write_text(content)
+  with pytest.raises(UserError, match=message):
+    traces.estimate(*line(), path=path)
+  assert path.read_text() == content
 
 
 @pytest.mark.parametrize(

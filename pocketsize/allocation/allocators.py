@@ -32,14 +32,15 @@ class Ground:
     sizes: [variables] numbers of weights.
     candidates: has `kernels(levels)` and `errors(name)`; `Variants` or `Reconstructed`.
     scorer: a `Scorer` of the model that is compressed.
-    traces: gives {path of a layer: mean diagonal of the Hessian}; called if that is needed.
+    traces: path of a file to keep them -> {path of a layer: mean diagonal of the Hessian}; called
+      if that is needed.
     score: levels -> {name: number}, what a roll-out is worth.
     reward: (score, cost) -> number to be maximised.
     rollouts: how many.   rollouts_min: so many come before an agent is trained.
     random_order: an agent visits the variables in another order in each roll-out.
     agent: `DdpgConfig`.
     seed: of all that is random.
-    folder: for search.json and losses.json, a path.
+    folder: for search.json, losses.json and traces.json, a path.
     about: what `search` takes by that name.
     start: name of an allocator without roll-outs. Searches score its choice after the uniform one,
       and an agent begins around it.
@@ -100,7 +101,9 @@ def _heuristic(ground):
 
 
 def _hawq(ground):
-  losses = hawq_losses(ground.problem, ground.traces(), ground.candidates)
+  losses = hawq_losses(
+    ground.problem, ground.traces(ground.folder / 'traces.json'), ground.candidates
+  )
   return minimise(ground.problem, losses)
 
 

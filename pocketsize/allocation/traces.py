@@ -16,6 +16,8 @@ Deviation 1: NNCF, whose stop rule this is, stops when the mean hardly changed o
 chance; here it must hold three times in a row.
 """
 
+import json
+import pathlib
 from typing import NamedTuple
 
 import keras
@@ -24,6 +26,7 @@ import tensorflow as tf
 
 from pocketsize import targets
 from pocketsize.errors import UserError
+from pocketsize.files import write_json
 from pocketsize.graph import copied
 from pocketsize.inference import Inference
 
@@ -60,6 +63,7 @@ def estimate(
   iterations=200,
   tolerance=1e-3,
   seed=0,
+  path=None,
   rank=0,
   size=1,
   total=lambda array: array,
@@ -83,6 +87,8 @@ def estimate(
     iterations: the most rounds, at least 1.
     tolerance: the least relative change that counts; 0: all rounds.
     seed: integer; the vectors are a function of it, the round and the batch.
+    path: of a JSON file that keeps every round; those that it has are not computed again. Only
+      rank 0 reads and writes it. None: in memory only.
     rank, size: number of this worker, and how many there are. All have the same batches and each
       computes its part; the result is that of one worker.
     total: sums an array over the workers.
@@ -90,7 +96,8 @@ def estimate(
       for.
 
   Raises:
-    UserError: there is no batch, or `iterations` or `tolerance` is out of range.
+    UserError: there is no batch, `iterations` or `tolerance` is out of range, or the file is of
+      other traces.
   """
   batches, paths = list(batches), list(paths)
   if not batches:
@@ -101,18 +108,23 @@ def estimate(
       f'Received: {iterations}, {tolerance}.'
     )
   product = _product(Inference(copied(model)), loss, paths)
-  values, quiet = np.zeros((0, len(paths))), 0
-  for _ in follow(range(iterations)):
+  kept = _Rounds(
+    path if rank == 0 else None, {'seed': seed, 'batches': len(batches), 'layers': paths}
+  )
+  # What rank 0 has read and the others have not is their sum.
+  done = int(total(np.array([len(kept.values)], np.float64))[0])
+  values = kept.values if rank == 0 else np.zeros((done, len(paths)))
+  if done:
+    values = total(values)
+  is_over = done >= iterations or _is_settled(values, tolerance)
+  for _ in follow(range(0 if is_over else iterations - done)):
     found = np.zeros((len(batches), len(paths)))
     for number in range(rank, len(batches), size):
       x, y = batches[number]
       found[number] = product(x, y, [seed, len(values) * len(batches) + number])
-    before = values.mean(axis=0).sum() if len(values) else None
     values = np.append(values, total(found).mean(axis=0)[None], axis=0)
-    after = values.mean(axis=0).sum()
-    is_quiet = before is not None and abs(after - before) < tolerance * (abs(before) + _SMALL)
-    quiet = quiet + 1 if is_quiet else 0
-    if quiet == _IN_A_ROW:
+    kept.write(values)
+    if _is_settled(values, tolerance):
       break
   spread = values.std(axis=0, ddof=1) if len(values) > 1 else np.full(len(paths), np.inf)
   return Estimate(
@@ -120,6 +132,48 @@ def estimate(
     dict(zip(paths, (spread / np.sqrt(len(values))).tolist(), strict=True)),
     len(values),
   )
+
+
+def _is_settled(values, tolerance):
+  """Whether the mean over the rounds [rounds, layers] stood still in the last ones."""
+  if len(values) <= _IN_A_ROW:
+    return False
+  counts = range(len(values) - _IN_A_ROW, len(values) + 1)
+  sums = np.array([values[:count].mean(axis=0).sum() for count in counts])
+  return bool(np.all(np.abs(np.diff(sums)) < tolerance * (np.abs(sums[:-1]) + _SMALL)))
+
+
+class _Rounds:
+  """The values of rounds, in a file if there is a path.
+
+  Args:
+    path: of the file, or None.
+    about: JSON-able dict of what they follow from.
+  """
+
+  def __init__(self, path, about):
+    self._path, self._about = path and pathlib.Path(path), about
+    self.values = np.zeros((0, len(about['layers'])))
+    if self._path and self._path.exists():
+      self._read()
+
+  def write(self, values):
+    if self._path:
+      write_json(self._path, {**self._about, 'rounds': values.tolist()})
+
+  def _read(self):
+    try:
+      about = json.loads(self._path.read_text())
+      self.values = np.array(about.pop('rounds'), np.float64).reshape(-1, len(about['layers']))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+      raise UserError(
+        f'{self._path} holds no traces: remove it to compute them anew. Received: {error!r}.'
+      ) from error
+    if about != self._about:
+      raise UserError(
+        f'{self._path} holds traces of other layers or batches, or by another seed: give another '
+        f'path, or remove it. Received: {about}.'
+      )
 
 
 def _product(inference, loss, paths):
