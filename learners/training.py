@@ -121,6 +121,8 @@ def train(model, batches, loss, schedule, *, checkpoints, runtime, log_dir):
     ProgressReport(schedule.title, schedule.steps, start, quiet=not runtime.is_chief) as progress,
     _signals() as caught,
   ):
+    if start:
+      progress.say(start, {'goes on': 'from its checkpoint'})
     loop = _Loop(start, schedule, checkpoints, variables, runtime, caught, progress, log_dir)
     model.fit(
       batches(start),

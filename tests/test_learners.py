@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -185,7 +186,8 @@ def test_batch_norm_is_estimated_anew_once_the_model_is_trained(finished, undist
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_a_signal_in_a_real_process_loses_nothing(tmp_path, undisturbed, number):
+def test_a_signal_in_a_real_process_loses_nothing(tmp_path, undisturbed, number, capfd):
+  expected = undisturbed(*UNIFORM)
   code, stderr = _signalled(tmp_path, number, 'float training: 10/', *SMALL, *UNIFORM)
   if number == signal.SIGKILL:
     assert code == -number
@@ -193,8 +195,15 @@ def test_a_signal_in_a_real_process_loses_nothing(tmp_path, undisturbed, number)
     assert code == 128 + number
     assert f'stopped by {signal.Signals(number).name} after step' in stderr
     assert 'Traceback' not in stderr
+  capfd.readouterr()
   assert run(tmp_path, *UNIFORM) == 0
-  assert_same_bits(weights(tmp_path), undisturbed(*UNIFORM))
+  said = re.findall(
+    r'(\w+) training: (\d+)/\d+  goes on from its checkpoint', capfd.readouterr().out
+  )
+  if number != signal.SIGKILL:
+    ((phase, step),) = said
+    assert phase == 'float' and f'after step {step};' in stderr
+  assert_same_bits(weights(tmp_path), expected)
 
 
 def test_a_signal_while_files_are_written_leaves_whole_ones(tmp_path):

@@ -50,6 +50,24 @@ def test_all_roll_outs_and_the_chosen_values_are_shown(tmp_path, drawn):
   assert right.get_ylabel() == 'bits'
 
 
+def test_rewards_far_below_the_others_are_drawn_at_the_edge(tmp_path, drawn):
+  """Quartiles -4.5 and 2.5, so the edge is 3 * 7 below -4.5; equal quartiles have no edge."""
+  rewards = [0.0, -99.0, 1.0, 2.0, -9.0, 3.0, 4.0]
+  assert np.percentile(rewards, [25, 75]).tolist() == [-4.5, 2.5]
+  records = [RECORDS[0]._replace(number=n, reward=each) for n, each in enumerate(rewards)]
+  plot(records, PROBLEM, tmp_path / 'search.png')
+  left = drawn[0].axes[0]
+  near, far = left.collections[:2]
+  assert near.get_offsets()[:, 1].tolist() == [0.0, 1.0, 2.0, -9.0, 3.0, 4.0]
+  assert far.get_offsets()[:, 1].tolist() == [-4.5 - 3.0 * 7.0]
+  assert far.get_label() == '1 below -25.5, down to -99'
+  assert near.get_clim() == far.get_clim() == (0, 6)
+  assert -30.0 < left.get_ylim()[0] < -25.5
+  same = [record._replace(reward=min(record.reward, 1.0)) for record in records]
+  plot([each for each in same if each.reward in (1.0, -9.0)], PROBLEM, tmp_path / 'search.png')
+  assert len(drawn[1].axes[0].collections[0].get_offsets()) == 5
+
+
 def test_one_choice_has_no_bar_of_numbers(tmp_path, drawn):
   plot(RECORDS[:1], PROBLEM, tmp_path / 'search.png')
   assert len(drawn[0].axes) == 2 and drawn[0].axes[0].get_title() == 'the one choice'

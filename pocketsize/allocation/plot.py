@@ -8,6 +8,9 @@ from pocketsize.allocation.search import best
 from pocketsize.files import atomic_path
 
 _BARS, _CHOSEN = '#4c72b0', '#d62728'
+# Rewards so many interquartile ranges below the lower quartile (Tukey's far out) are drawn at the
+# edge: a few nets that compute nonsense would press all others into a line.
+_FAR = 3.0
 
 
 def plot(records, problem, path, *, reward='reward', value='value', title=''):
@@ -40,15 +43,23 @@ def plot(records, problem, path, *, reward='reward', value='value', title=''):
 
 def _draw_rollouts(figure, axes, records, problem, chosen, reward):
   rewards = np.array([record.reward for record in records])
-  points = axes.scatter(
-    [record.cost for record in records],
-    rewards,
-    c=[record.number for record in records],
-    cmap='viridis',
-    s=26,
-    alpha=0.85,
-    linewidths=0,
-  )
+  costs = np.array([record.cost for record in records])
+  numbers = np.array([record.number for record in records])
+  floor = _floor(rewards)
+  is_far = rewards < floor
+  style = {'cmap': 'viridis', 'vmin': 0, 'vmax': numbers.max(), 'alpha': 0.85, 'linewidths': 0}
+  near = ~is_far
+  points = axes.scatter(costs[near], rewards[near], c=numbers[near], s=26, **style)
+  if is_far.any():
+    axes.scatter(
+      costs[is_far],
+      np.full(is_far.sum(), floor),
+      c=numbers[is_far],
+      s=40,
+      marker='v',
+      label=f'{is_far.sum()} below {floor:.4g}, down to {rewards.min():.4g}',
+      **style,
+    )
   if len(records) > 1:
     figure.colorbar(points, ax=axes, label='roll-out', pad=0.01)
   axes.plot(
@@ -70,6 +81,12 @@ def _draw_rollouts(figure, axes, records, problem, chosen, reward):
   axes.set_axisbelow(True)
   # Below the axes, where it hides no point.
   axes.legend(loc='upper center', bbox_to_anchor=(0.5, -0.12), ncols=2, frameon=False)
+
+
+def _floor(rewards):
+  """Returns the least reward that is drawn in its place."""
+  low, high = np.percentile(rewards, [25, 75])
+  return low - _FAR * (high - low) if high > low else -math.inf
 
 
 def _draw_values(axes, problem, chosen, value):
