@@ -163,7 +163,9 @@ class Results:
     evaluator = self.helper.evaluator()
     specs = [tf.TensorSpec((None, *x.shape[1:]), x.dtype) for x in model.source.inputs]
     predict = tf.function(
-      lambda *x: model(x[0] if len(x) == 1 else list(x), training=False), input_signature=specs
+      lambda *x: model(x[0] if len(x) == 1 else list(x), training=False),
+      input_signature=specs,
+      autograph=False,
     )
     kept = []
     for x, y in self._batches():

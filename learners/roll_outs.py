@@ -66,7 +66,7 @@ class Tuning(NamedTuple):
         student.stack = Stack([*stack.compressors, learner.distillation(model)])
         student.stack.bind(student)
       self._train(learner, student, self.global_steps, self.global_rate, learner.helper.loss)
-    evaluator, predict = judge.evaluator(), tf.function(student)
+    evaluator, predict = judge.evaluator(), tf.function(student, autograph=False)
     for x, y in batches:
       evaluator.update(y, np.asarray(predict(x, training=False)))
     return evaluator.result()

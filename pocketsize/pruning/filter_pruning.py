@@ -109,7 +109,7 @@ class FilterPruning(Compressor):
     ]
     self._observed = [mask for mask in self._masks if mask.transform.observes]
     self._sums = taylor.LayerSums(self._channels, [mask.part for mask in self._observed])
-    self._square_pending = tf.function(self._squared_pending)
+    self._square_pending = tf.function(self._squared_pending, autograph=False)
 
   def _squared_pending(self):
     """Takes the gradients that came since the last call, one batch's, into the importances."""

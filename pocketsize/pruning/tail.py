@@ -23,7 +23,7 @@ def kernel_gradients(graph, paths, loss):
   """
   kernels = [graph.layers[path].kernel.value for path in paths]
 
-  @tf.function
+  @tf.function(autograph=False)
   def compute(arrays, labels):
     with tf.GradientTape(watch_accessed_variables=False) as tape:
       tape.watch(kernels)
@@ -68,7 +68,7 @@ class Tail:
         needed = (needed - set(node.outputs)) | set(node.inputs)
     self._nodes.reverse()
     self.tensors = sorted(needed)
-    self._compute = tf.function(self._value_and_gradient)
+    self._compute = tf.function(self._value_and_gradient, autograph=False)
 
   def gradient(self, kernel, values, read, labels):
     """Returns (L_M + L_p, its gradient by the kernel).

@@ -141,6 +141,9 @@ class Agent:
     self._networks = (self._actor, self._critic)
     self._targets = [[tf.Variable(w) for w in network.get_weights()] for network in self._networks]
     self._optimizers = [keras.optimizers.Adam(config.lrn_rate, name='adam') for _ in range(2)]
+    for optimizer, network in zip(self._optimizers, self._networks, strict=True):
+      # Where the first step makes variables, TensorFlow traces it twice.
+      optimizer.build(network.weights)
     self._act = tf.function(functools.partial(compute, self._actor), autograph=False)
     self._step = tf.function(self._train_step, autograph=False)
     self._explorer = None
