@@ -35,7 +35,7 @@ class QuantizationConfig:
     granularity: weights share what their quantizer knows by 'tensor', output 'channel' or 'bucket'.
     bucket_size: weights in a bucket.
     end_bits: the first and the last layer have at least so many bits for their weights and
-      activations, the model's input and output as well; 0 treats them like the others.
+      activations; 0 treats them like the others. The model's output has at least 8 in any case.
     end_weight_bits: instead of `end_bits` for the weights; None: the same.
     momentum: of the activations' running ranges, in [0, 1).
     keep_zeros: weights of exactly 0, such as pruned ones, stay 0 while the model is trained.
