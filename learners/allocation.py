@@ -68,6 +68,13 @@ class Allotting(Learner):
 
   allotted = None
 
+  def check(self):
+    if self.config.searches:
+      # Too few images for a search are refused now, in the data set's words.
+      self.dataset.size(self._split)
+      self.own_batches(0)
+    super().check()
+
   def allot(self, model, task):
     """Sets `allotted`: to what an earlier start of the run found, or what is found now.
 
@@ -172,20 +179,24 @@ class Allotting(Learner):
       'total': self.runtime.allreduce_sum,
     }
 
+  @property
+  def _split(self):
+    """What choices are scored on: with --eval_split=val the held-out images are for the result."""
+    return 'fit' if self.run.eval_split == 'val' else 'val'
+
   def held_out(self, samples, batch):
     """Returns `samples` held-out training images as a list of (x, y), spread over all there are.
 
     With --eval_split=val, when these are for the result, images that are trained on.
     """
-    split = 'fit' if self.run.eval_split == 'val' else 'val'
-    size = self.dataset.size(split)
+    size = self.dataset.size(self._split)
     samples = min(samples, size)
     batch = min(batch, samples)
     every = size // samples
     # Of one image of so many there are up to twice as many as wanted: those are spread in turn.
     count = math.ceil(size / every)
     wanted = np.isin(np.arange(count), np.arange(samples) * count // samples)
-    data = self.dataset.load(split, batch=batch, shard=(0, every)).unbatch().enumerate()
+    data = self.dataset.load(self._split, batch=batch, shard=(0, every)).unbatch().enumerate()
     data = data.filter(lambda number, _: tf.gather(wanted, number)).batch(batch)
     return [(x.numpy(), y.numpy()) for _, (x, y) in data]
 
@@ -209,7 +220,11 @@ class Allotting(Learner):
 
   def _traces(self, model, task, judge, path, follow):
     """Returns {path: mean diagonal of the Hessian} of all layers that are decided about."""
-    numbers = sum(math.prod(each.shape[1:]) for each in model.inputs)
+    shapes = [each.shape[1:] for each in model.inputs]
+    if any(None in shape for shape in shapes):
+      ((x, _),) = self.held_out(1, 1)
+      shapes = [x.shape[1:]]
+    numbers = sum(math.prod(shape) for shape in shapes)
     batch = max(1, min(TRACE_BATCH, _TRACE_NUMBERS // numbers))
     return traces(
       model,

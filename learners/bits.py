@@ -7,12 +7,13 @@ from learners import quantization
 from learners.allocation import Allotting, Task
 from learners.bit_flags import INTEGER_FORMATS
 from learners.roll_outs import Tuning
-from pocketsize import targets
+from pocketsize import report, targets
 from pocketsize.allocation import costs
 from pocketsize.allocation.problem import Problem
 from pocketsize.allocation.variants import Variants, quantized
 from pocketsize.errors import UserError
 from pocketsize.graph import Graph
+from pocketsize.instrument import instrument
 from pocketsize.latency import LatencyTable
 from pocketsize.quantization.placing import END_BITS
 
@@ -39,8 +40,7 @@ class BitAllotting(Allotting):
   def check(self):
     if self.config.searches:
       graph = Graph(self.structure)
-      lowest = {variable.name: variable.choices[0] for variable in self.variables(graph)}
-      self.compressor(self.rules(graph, self.config.quantization(), lowest)).plan(graph)
+      self._planned(graph, {each.name: each.choices[0] for each in self.variables(graph)})
       # Layers are not timed before the folder for their times is this run's.
       if self.config.budget != 'latency' or self.config.budget_tables is not None:
         self.problem(graph)
@@ -89,11 +89,15 @@ class BitAllotting(Allotting):
     return Problem(variables, cost(graph, variables), self.config.budget_value)
 
   def _bit_operations(self, graph, variables):
-    paths = list(targets.weighted_layers(graph))
-    bits = dict.fromkeys(paths, self.flag('activation_bits'))
-    if not self.flag('quantize_all_layers'):
-      bits |= dict.fromkeys(_ends(paths), max(self.flag('activation_bits'), END_BITS))
+    """Returns the cost; activations count as they are planned, whoever else reads them."""
+    lowest = {variable.name: variable.choices[0] for variable in variables}
+    planned = instrument(graph.model, self._planned(graph, lowest))
+    bits = {path: report.activation_bits(planned, path) for path in targets.weighted_layers(graph)}
     return costs.bit_operations(graph, variables, bits)
+
+  def _planned(self, graph, bits):
+    """Returns the `Placement`s of a `Graph` with so many bits for the weights of layers."""
+    return self.compressor(self.rules(graph, self.config.quantization(), bits)).plan(graph)
 
   def _latency(self, graph, variables):
     """Returns the cost in ms, from tables that are kept; rank 0 times for all."""

@@ -76,7 +76,7 @@ class ChannelPruned(ChannelSearch):
       # What is searched for may be anything but 0.
       dense = 1.0 if self.config.searches else 1.0 - self.config.cp_uniform_preserve_ratio
       ratios = dict.fromkeys(convolutions, dense)
-    return ratios | dict.fromkeys((convolutions[0], convolutions[-1]), 0.0), dense
+    return ratios | dict.fromkeys((*convolutions[:1], *convolutions[-1:]), 0.0), dense
 
   def steps(self, course):
     """Layers, and after each whole group of them but the last the name of a tuning."""

@@ -76,5 +76,5 @@ class ChannelPrunedProximal(ChannelLearner):
       ratios = dict.fromkeys(convolutions, self.config.cpg_prune_ratio)
       dense = self.config.cpg_prune_ratio
     if self.config.cpg_skip_ht_layers:
-      ratios |= dict.fromkeys((convolutions[0], convolutions[-1]), 0.0)
+      ratios |= dict.fromkeys((*convolutions[:1], *convolutions[-1:]), 0.0)
     return ratios, dense

@@ -69,9 +69,9 @@ class ChannelPrunedRemastered(ChannelLearner):
   def ratios(self, convolutions):
     ratios = dict.fromkeys(convolutions, self.config.cpr_prune_ratio)
     if self.config.cpr_skip_frst_layer:
-      ratios[convolutions[0]] = 0.0
+      ratios |= dict.fromkeys(convolutions[:1], 0.0)
     if self.config.cpr_skip_last_layer:
-      ratios[convolutions[-1]] = 0.0
+      ratios |= dict.fromkeys(convolutions[-1:], 0.0)
     for word in filter(None, (self.config.cpr_skip_op_names or '').split(',')):
       named = [path for path in convolutions if word in path]
       if not named:

@@ -58,7 +58,7 @@ class DiscriminationPruned(ChannelLearner):
 
   def ratios(self, convolutions):
     ratios = dict.fromkeys(convolutions, self.config.dcp_prune_ratio)
-    return ratios | {convolutions[0]: 0.0}, self.config.dcp_prune_ratio
+    return ratios | dict.fromkeys(convolutions[:1], 0.0), self.config.dcp_prune_ratio
 
   def course(self, model, found, counts):
     samples, _ = self.samples()

@@ -17,10 +17,13 @@ class Judge:
   Args:
     helper: the `ModelHelper`.
     teacher: `Distillation`, or None for none.
+
+  Attributes:
+    distillation: `teacher` as it was given, with its features.
   """
 
   def __init__(self, helper, teacher=None):
-    self._helper = helper
+    self._helper, self.distillation = helper, teacher
     self._teacher = teacher if teacher and teacher.config.weight else None
 
   def marked(self, batches):

@@ -121,6 +121,7 @@ class Learner(Phases, abc.ABC):
 
   def _compressed_model(self, float_model):
     """Returns the `Instrumented` model, trained."""
+    self._reseed()
     student = self.prepared(copied(float_model))
     stack = self._stack(student)
     if self.epochs() and self.run.enbl_dst:

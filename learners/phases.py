@@ -103,7 +103,14 @@ class Phases:
     if not self.runtime.broadcast(path.exists()):
       model = make()
       self._on_chief(lambda: save_model(model, path))
+    self._reseed()
     return self._loaded(path)
+
+  def _reseed(self):
+    """Makes what models draw when they are made, as the seeds of Dropout, follow from the run's
+    seed alone: not from what was drawn before, which differs where a run goes on.
+    """
+    keras.utils.set_random_seed(self.run.seed)
 
   def recorded(self, name):
     """Returns what a .json file of the work folder holds, on all ranks; None if there is none."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -45,6 +46,8 @@ class Tuning(NamedTuple):
       batches: of the evaluation, a list of (x, y) that `judge` marked.
       judge: `Judge`.
     """
+    # What a copy draws, as the seeds of Dropout, does not depend on what was scored before.
+    keras.utils.set_random_seed(learner.run.seed)
     stack = Stack(self.compressors(values))
     student = configure.attach(copied(model), stack)
     # Of batches that are the same on all workers: a score does not depend on who computes it.
@@ -62,8 +65,10 @@ class Tuning(NamedTuple):
       )
       student.stack = stack
     if self.global_steps:
-      if learner.run.enbl_dst:
-        student.stack = Stack([*stack.compressors, learner.distillation(model)])
+      if judge.distillation:
+        # Made before the search: workers that read a teacher's file wait for each other, and not
+        # all of them score in every round.
+        student.stack = Stack([*stack.compressors, judge.distillation])
         student.stack.bind(student)
       self._train(learner, student, self.global_steps, self.global_rate, learner.helper.loss)
     evaluator, predict = judge.evaluator(), tf.function(student, autograph=False)

@@ -160,9 +160,14 @@ def test_it_trains_once_per_step_after_the_first_roll_outs():
   assert inner.arguments == {'rollouts': 8, 'buffer_size': 6}
 
 
-def test_transitions_that_are_left_out_do_not_delay_training():
-  _, inner = fake(three_layers(), config=DdpgConfig(record_step=3))
-  assert inner.arguments['buffer_size'] == 2
+@pytest.mark.parametrize(('record_step', 'buffer_size'), [(3, 2), (100, 1)])
+def test_transitions_that_are_left_out_do_not_move_the_begin_of_training(record_step, buffer_size):
+  searcher, inner = fake(three_layers(), config=DdpgConfig(record_step=record_step))
+  assert inner.arguments['buffer_size'] == buffer_size
+  searcher.tell(searcher.ask(), 0.1)
+  assert 'train' not in inner.calls
+  searcher.tell(searcher.ask(), 0.1)
+  assert inner.calls.count('train') == 3
 
 
 @pytest.mark.parametrize('rollouts_min', [0, 11])

@@ -62,6 +62,16 @@ def assert_refused(folder, capfd, arguments, sentence):
     ([*CENTRES, '--nuql_w_bit_max=9'], '--nuql_w_bit_max must be one of 1, 2, 3, 4, 5, 6, 7, 8.'),
     ([*BITS, '--uql_nb_rlouts=0'], '--uql_nb_rlouts must be an integer at least 1'),
     (
+      [*BITS, '--uql_nb_rlouts=1', '--search_start=sensitivity'],
+      '--uql_nb_rlouts must be at least 2. Received: 1.',
+    ),
+    # Images.
+    (
+      [*SPARSE, '--nb_smpls_val=2000'],
+      '--nb_smpls_val must leave samples on both sides of the cut: at least 1 and below the 1437',
+    ),
+    ([*BITS, '--nb_smpls_val=1400'], 'batch'),
+    (
       [*SPARSE, '--ws_nb_rlouts=40'],
       '--ws_nb_rlouts_min must be below --ws_nb_rlouts, or the agent proposes nothing that it has '
       'learned. Received: 50 and 40.',

@@ -327,6 +327,24 @@ def test_a_budget_of_the_whole_model(tmp_path, float_file, budget):
   assert cost['value'] == pytest.approx(spent) and spent <= value == cost['budget']
 
 
+def test_what_two_layers_read_counts_with_the_bits_that_it_has():
+  """An end asks for 8 bits of the input, so the layer beside it reads 8 bits as well."""
+  x = keras.Input((8, 8, 3))
+  joined = keras.layers.Add()(
+    [keras.layers.Conv2D(4, 3, use_bias=False, name=name)(x) for name in ('end', 'beside')]
+  )
+  inner = keras.layers.Conv2D(4, 3, use_bias=False, name='inner')(joined)
+  graph = Graph(keras.Model(x, keras.layers.Dense(3, name='last')(keras.layers.Flatten()(inner))))
+  arguments = ['--uql_activation_bits=4', '--allocation=uniform', '--budget=bit_operations']
+  learner = main.make_learner(ModelHelper, ['run.py', *SHORT, *arguments, '--budget_value=1e9'])
+  cost = learner._bit_operations(graph, learner.variables(graph))
+  macs = {'end': 36 * 27 * 4, 'beside': 36 * 27 * 4, 'inner': 16 * 36 * 4, 'last': 64 * 3}
+  weights, reads = {'end': 8, 'last': 8}, {'inner': 4}
+  assert cost.of([0] * 4) == sum(
+    macs[path] * weights.get(path, 2) * reads.get(path, 8) for path in macs
+  )
+
+
 TIMED = [
   *UNIFORM,
   EIGHT_BITS,
@@ -411,7 +429,7 @@ def test_held_out_images_are_spread_and_none_of_those_that_are_for_the_result():
   np.testing.assert_array_equal(np.concatenate([x for x, _ in images(9999, 100)]), fitted)
 
 
-@pytest.mark.parametrize(('side', 'batch'), [(8, 32), (224, 8), (4000, 1)])
+@pytest.mark.parametrize(('side', 'batch'), [(8, 32), (224, 8), (4000, 1), (None, 32)])
 def test_second_derivatives_are_of_the_loss_of_the_training_in_batches_that_fit(
   monkeypatch, side, batch
 ):

@@ -229,6 +229,15 @@ def test_all_workers_take_part_in_where_a_search_begins(tmp_path, monkeypatch):
 
 
 @each_problem
+@pytest.mark.parametrize('name', ['hawq', 'sensitivity', 'uniform', 'heuristic'])
+def test_all_workers_go_on_with_the_choice_of_the_first(name, make, tmp_path):
+  there = [int(level) for level in make().lowest]
+  given, scored = ground(make(), tmp_path, broadcast=lambda levels: there)
+  outcome = allocators.allocate(name, given)
+  assert outcome.levels.tolist() == there == scored[0] == outcome.records[0].levels
+
+
+@each_problem
 def test_hawq_and_sensitivity_are_the_best_of_their_tables(tmp_path, make):
   problem = make()
   given, _ = ground(problem, tmp_path)

@@ -227,6 +227,17 @@ def test_a_kill_after_a_round_costs_none_of_those_before(after, tmp_path):
   assert traces.estimate(*arguments, **options, path=path, iterations=6) == whole
 
 
+def test_kept_rounds_beyond_the_end_do_not_count(tmp_path):
+  """Fewer rounds are asked for, or more change is allowed, than when they were computed."""
+  path, arguments = tmp_path / 'traces.json', line()
+  assert traces.estimate(*arguments, tolerance=0.0, iterations=20, path=path).rounds == 20
+  content = path.read_text()
+  for options in ({'iterations': 5, 'tolerance': 0.0}, {'tolerance': 0.4}, {'iterations': 1}):
+    wanted = traces.estimate(*arguments, **options)
+    assert traces.estimate(*arguments, **options, path=path) == wanted
+  assert path.read_text() == content
+
+
 @pytest.mark.parametrize(
   ('content', 'message'),
   [

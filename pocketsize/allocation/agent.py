@@ -59,13 +59,14 @@ class AgentSearcher:
     self._trainings = trainings_per_step * len(problem.variables)
     self._rng = np.random.default_rng(seed) if random_order else None
     self._orders = []
+    self._rollouts_min, self._told = rollouts_min, 0
     transitions = rollouts_min * len(problem.variables)
     self._agent = Agent(
       self._walk.state_size,
       [0.0],
       [1.0],
       max(1, rollouts - rollouts_min),
-      # So that training begins then, however many transitions are left out.
+      # So that it is full then, however many transitions are left out.
       max(1, transitions // config.record_step) if config else transitions,
       config,
       seed,
@@ -95,7 +96,8 @@ class AgentSearcher:
     states, actions, terminals = self._walk.steps(levels, order)
     self._agent.record(states[:-1], actions, reward, terminals, states[1:])
     self._agent.end_rollout(reward)
-    if self._agent.is_ready:
+    self._told += 1
+    if self._told >= self._rollouts_min and self._agent.is_ready:
       for _ in range(self._trainings):
         self._agent.train()
 

@@ -85,7 +85,9 @@ def allocate(name, ground):
   found = ALLOCATORS[name](ground)
   if isinstance(found, Outcome):
     return found
-  began, levels = time.monotonic(), [int(level) for level in found]
+  # All workers go on with one choice, also where their arithmetic differs in the last bit.
+  levels = ground.broadcast([int(level) for level in found])
+  began = time.monotonic()
   score, cost = ground.score(np.array(levels)), ground.problem.cost.of(levels)
   seconds = time.monotonic() - began
   record = Record(0, levels, score, float(ground.reward(score, cost)), cost, seconds)

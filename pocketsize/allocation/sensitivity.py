@@ -74,8 +74,9 @@ def measured_losses(
     base: [variables] levels of the others; None: `problem.highest`. What is the same in all
       entries of a variable is of no influence on a choice, so eight bits can stand for float.
     points: levels to measure of each variable, at least 2; None for all.
-    path: of a JSON file that keeps what was measured; what it has is not measured again. Only
-      rank 0 reads and writes it. None: in memory only.
+    path: of a JSON file that keeps what was measured; what it has is not measured again. Of what
+      losses follow from it knows the base: remove it once the model or the scorer change. Only rank
+      0 reads and writes it. None: in memory only.
     track: `track(rounds)` gives a list's entries one by one; it may show progress.
     rank, size: number of this worker, and how many there are; each measures its part.
     total: sums an array over the workers.

@@ -87,8 +87,9 @@ def estimate(
     iterations: the most rounds, at least 1.
     tolerance: the least relative change that counts; 0: all rounds.
     seed: integer; the vectors are a function of it, the round and the batch.
-    path: of a JSON file that keeps every round; those that it has are not computed again. Only
-      rank 0 reads and writes it. None: in memory only.
+    path: of a JSON file that keeps every round; those that it has are not computed again. Of what
+      they follow from it knows the seed, the layers and the number of batches: remove it once the
+      model, the loss or the images change. Only rank 0 reads and writes it. None: in memory only.
     rank, size: number of this worker, and how many there are. All have the same batches and each
       computes its part; the result is that of one worker.
     total: sums an array over the workers.
@@ -116,8 +117,10 @@ def estimate(
   values = kept.values if rank == 0 else np.zeros((done, len(paths)))
   if done:
     values = total(values)
-  is_over = done >= iterations or _is_settled(values, tolerance)
-  for _ in follow(range(0 if is_over else iterations - done)):
+  # Where an undisturbed course would have ended.
+  ends = [n for n in range(1, done + 1) if n == iterations or _is_settled(values[:n], tolerance)]
+  values = values[: ends[0]] if ends else values
+  for _ in follow(range(0 if ends else iterations - done)):
     found = np.zeros((len(batches), len(paths)))
     for number in range(rank, len(batches), size):
       x, y = batches[number]
