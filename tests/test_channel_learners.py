@@ -454,3 +454,38 @@ def test_the_learners_name_their_rounding():
     float(each.rounding(3.5)) for each in (ChannelPrunedRemastered, ChannelPrunedProximal)
   ] == [3, 4]
   assert [float(ChannelPruned.rounding(value)) for value in (3.4, 3.6)] == [3, 4]
+
+
+class DenseHelper(ModelHelper):
+  """A net without convolutions."""
+
+  def build(self):
+    x = inputs = keras.Input((8, 8, 1), name='images')
+    x = keras.layers.Flatten(name='flatten')(x)
+    for name in ('first', 'second'):
+      x = keras.layers.Dense(16, activation='relu', name=name)(x)
+    return keras.Model(inputs, keras.layers.Dense(10, name='last')(x), name='dense_net')
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'kept'),
+  [
+    (['--learner=channel', '--cp_prune_option=uniform'], (10, 10)),
+    (['--learner=channel', '--cp_nb_rlouts=2', '--allocation=tpe'], None),
+    (['--learner=chn-pruned-rmt'], (8, 8)),
+    (['--learner=chn-pruned-gpu'], (8, 8)),
+    (['--learner=dis-chn-pruned'], (8, 8)),
+  ],
+)
+def test_a_net_without_convolutions_has_no_ends_that_stay_whole(arguments, kept):
+  learner = main.make_learner(DenseHelper, ['run.py', *arguments])
+  learner.check()
+  channels, found, _ = learner.plan(learner.structure)
+  assert [unit.name for unit in found] == ['first', 'second']
+  if kept:
+    assert tuple(learner.counts(channels, found).values()) == kept
+  else:
+    assert [variable.name for variable in learner._choices(channels, found)[0]] == [
+      'first',
+      'second',
+    ]
