@@ -118,7 +118,7 @@ class Graph:
     model: a built Functional or Sequential model; nested ones are inlined.
 
   Raises:
-    UserError: a subclassed or unbuilt model.
+    UserError: a subclassed or unbuilt model, or a nested one that reads a masked tensor.
   """
 
   def __init__(self, model):
@@ -165,6 +165,13 @@ class Graph:
         fixed = inference_only or says_inference
         if is_nested(node.operation):
           inner = functional(node.operation)
+          if len(inputs) > len(inner.inputs):
+            # Keras records the mask that a tensor carries as one more argument.
+            raise UserError(
+              f'The nested model {path!r} reads a tensor with a mask, which would not reach its '
+              'layers in files: put them into the outer model, or mask behind it. '
+              f'Received: {len(inputs)} tensors for {len(inner.inputs)} inputs.'
+            )
           local = {
             id(symbol): self._cast(number, symbol, path)
             for symbol, number in zip(inner.inputs, inputs, strict=True)

@@ -186,3 +186,14 @@ def test_a_run_lets_go_of_what_nobody_reads_any_more():
   graph.run([keras.ops.convert_to_tensor(images())], call, False)
   assert 'conv1' not in alive['pool'] and 'bn0' not in alive['bn1']
   assert 'relu1' in alive['pool']
+
+
+@pytest.mark.parametrize('carried', [True, False])
+def test_a_nested_model_that_reads_a_masked_tensor_is_refused(carried):
+  """Carried by the tensor, or given in the call; files would compute without it."""
+  words, inputs = keras.Input((5,), dtype='int32'), keras.Input((5, 4))
+  inner = keras.Model(inputs, layers.GlobalAveragePooling1D(name='mean')(inputs), name='inner')
+  x = layers.Embedding(10, 4, mask_zero=carried, name='embedding')(words)
+  given = {} if carried else {'mask': keras.ops.equal(words, 1)}
+  with pytest.raises(UserError, match="'inner' reads a tensor with a mask.* 2 tensors for 1 inp"):
+    Graph(keras.Model(words, inner(x, **given)))
