@@ -38,9 +38,9 @@ UNIFORM_TF = ['--learner=uniform-tf', '--uqtf_quant_delay=4', '--uqtf_freeze_bn_
 SPARSE = ['--learner=weight-sparse', '--ws_prune_ratio_prtl=heurist', '--ws_mask_update_step=3']
 
 
-def run(work_dir, *arguments):
+def run(work_dir, *arguments, helper=ModelHelper):
   return main.run_with(
-    ModelHelper, ['convnet_at_digits_run.py', f'--work_dir={work_dir}', *SMALL, *arguments]
+    helper, ['convnet_at_digits_run.py', f'--work_dir={work_dir}', *SMALL, *arguments]
   )
 
 
@@ -51,6 +51,14 @@ def weights(work_dir, name='final.keras'):
 def assert_same_bits(one, other):
   for left, right in zip(one, other, strict=True):
     np.testing.assert_array_equal(left, right)
+
+
+class WithDropout(ModelHelper):
+  """The net with a layer that draws its own random numbers."""
+
+  def build(self):
+    model = super().build()
+    return keras.Model(model.input, keras.layers.Dropout(0.3)(model.output))
 
 
 class Killed(BaseException):
@@ -129,11 +137,24 @@ def test_a_run_killed_at_any_step_ends_with_the_same_bits(
   assert_same_bits(weights(tmp_path), undisturbed(*learner))
 
 
-def test_without_an_output_nothing_is_shown(monkeypatch):
+# The second start takes the float model from its file, which the first had trained itself.
+@pytest.mark.parametrize('step', [5, 15], ids=['before-a-checkpoint', 'after-one'])
+def test_a_killed_run_with_dropout_ends_with_the_same_bits(tmp_path, kill_at, step):
+  revive = kill_at('compressed', step)
+  with pytest.raises(Killed):
+    run(tmp_path / 'killed', *SPARSE, helper=WithDropout)
+  revive()
+  for folder in ('killed', 'undisturbed'):
+    assert run(tmp_path / folder, *SPARSE, helper=WithDropout) == 0
+  assert_same_bits(weights(tmp_path / 'killed'), weights(tmp_path / 'undisturbed'))
+
+
+def test_without_an_output_nothing_is_shown(monkeypatch, capfd):
   monkeypatch.setattr(sys, 'stdout', None)
   with ProgressReport('training', 3) as report:
     report.say(1, {'now': 'one'})
     report.advance(2)
+  assert capfd.readouterr() == ('', '')
 
 
 def test_the_float_model_is_the_same_whatever_a_learner_checks(tmp_path, monkeypatch):
