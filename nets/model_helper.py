@@ -110,11 +110,7 @@ class ModelHelper(abc.ABC):
     Raises:
       UserError: the file is missing or unreadable, or fits neither.
     """
-    model = self.build()
-    pruned = pretrained.load_pruned(model, path)
-    if pruned is None:
-      self.load_pretrained(model, path)
-    return pruned or model
+    return pretrained.load_or_pruned(self.build(), path, self.pretrained_names)
 
   def load_pretrained(self, model, path):
     """Copies pretrained weights into `model`: all of them or, on an error, none.

@@ -24,49 +24,32 @@ def load(model, path, names):
   Raises:
     UserError: the file is missing, of another kind, unreadable, or does not fit the model.
   """
-  path = pathlib.Path(path).expanduser()
-  if path.is_dir():
-    raise UserError(f'Pretrained file {path}: must be a file. Received: a folder.')
-  if not path.is_file():
-    raise UserError(f'Pretrained file {path}: must exist. Received: no such file.')
-  if path.name.endswith('.weights.h5'):
-    arrays = _read(path, lambda: _from_h5(model, path))
-  elif path.suffix == '.keras':
-    arrays = _read(path, lambda: _from_keras(path))
-  elif path.suffix == '.npz':
-    arrays = _read(path, lambda: _from_npz(names(model), path))
-  else:
-    raise UserError(f'Pretrained file {path}: must end in .keras, .weights.h5 or .npz.')
-  for index, weight in enumerate(model.weights):
-    array = arrays[index] if index < len(arrays) else None
-    if array is None:
-      raise UserError(f'Pretrained file {path}: has no weight {weight.path}, the model wants one.')
-    if array.shape != tuple(weight.shape):
-      raise UserError(
-        f'Pretrained file {path}: weight {weight.path} has shape {array.shape}, '
-        f'the model wants {tuple(weight.shape)}'
-      )
-  if len(arrays) > len(model.weights):
-    raise UserError(
-      f'Pretrained file {path}: has {len(arrays)} weights, the model wants {len(model.weights)}.'
-    )
-  for weight, array in zip(model.weights, arrays, strict=True):
-    weight.assign(array)
+  path = _existing(path)
+  _assign(model, path, _arrays(model, path, names, _saved(path)))
 
 
-def load_pruned(model, path):
-  """Returns the model in a `.keras` file if it is `model` with fewer channels, else None.
+def load_or_pruned(model, path, names):
+  """Returns `model` with the weights of a file, or the model in it where pruning left that of it.
+
+  Args, errors: those of `load`.
+  """
+  path = _existing(path)
+  saved = _saved(path)
+  if saved is not None and is_pruned(saved, model):
+    return saved
+  _assign(model, path, _arrays(model, path, names, saved))
+  return model
+
+
+def is_pruned(saved, model):
+  """Returns whether a Keras model is another one with fewer channels.
 
   It then has inputs and outputs of the same shapes, and every layer with weights is one of
   `model`'s, with as many axes and no more channels. A layer may have got a bias, which holds what
   dropped channels of constant value gave it.
   """
-  path = pathlib.Path(path).expanduser()
-  if path.suffix != '.keras' or not path.is_file():
-    return None
-  saved = _read(path, lambda: keras.models.load_model(path, compile=False))
-  if not isinstance(saved, keras.Model) or isinstance(saved, Instrumented):
-    return None
+  if not isinstance(saved, keras.Model):
+    return False
   ours = {path.replace('/', '_'): layer for path, layer in Graph(model).layers.items()}
   smaller = False
   for name, layer in Graph(saved).layers.items():
@@ -74,9 +57,9 @@ def load_pruned(model, path):
     shapes = _shapes(layer, known)
     limits = [tuple(weight.shape) for weight in known.weights] if known else []
     if shapes and not _fit(shapes, limits):
-      return None
+      return False
     smaller |= shapes != limits
-  return saved if smaller and _ends(saved) == _ends(model) else None
+  return smaller and _ends(saved) == _ends(model)
 
 
 def _shapes(layer, known):
@@ -98,6 +81,57 @@ def _ends(model):
   return [tuple(symbol.shape) for symbol in (*model.inputs, *model.outputs)]
 
 
+def _existing(path):
+  path = pathlib.Path(path).expanduser()
+  if path.is_dir():
+    raise UserError(f'Pretrained file {path}: must be a file. Received: a folder.')
+  if not path.is_file():
+    raise UserError(f'Pretrained file {path}: must exist. Received: no such file.')
+  return path
+
+
+def _saved(path):
+  """Returns what a `.keras` file holds, None for other files."""
+  if path.suffix != '.keras':
+    return None
+  saved = _read(path, lambda: keras.models.load_model(path, compile=False))
+  if isinstance(saved, Instrumented):
+    raise UserError(
+      f'Pretrained file {path}: must hold a float model, such as final.keras of a work folder. '
+      'Received: a model that has been quantized already.'
+    )
+  return saved
+
+
+def _arrays(model, path, names, saved):
+  """Returns the arrays of a file in the order of `model.weights`, None where it has none."""
+  if saved is not None:
+    return [np.array(weight) for weight in saved.weights]
+  if path.name.endswith('.weights.h5'):
+    return _read(path, lambda: _from_h5(model, path))
+  if path.suffix == '.npz':
+    return _read(path, lambda: _from_npz(names(model), path))
+  raise UserError(f'Pretrained file {path}: must end in .keras, .weights.h5 or .npz.')
+
+
+def _assign(model, path, arrays):
+  for index, weight in enumerate(model.weights):
+    array = arrays[index] if index < len(arrays) else None
+    if array is None:
+      raise UserError(f'Pretrained file {path}: has no weight {weight.path}, the model wants one.')
+    if array.shape != tuple(weight.shape):
+      raise UserError(
+        f'Pretrained file {path}: weight {weight.path} has shape {array.shape}, '
+        f'the model wants {tuple(weight.shape)}'
+      )
+  if len(arrays) > len(model.weights):
+    raise UserError(
+      f'Pretrained file {path}: has {len(arrays)} weights, the model wants {len(model.weights)}.'
+    )
+  for weight, array in zip(model.weights, arrays, strict=True):
+    weight.assign(array)
+
+
 def _read(path, read):
   if path.suffix == '.h5':
     kind, is_whole = 'HDF5 file', h5py.is_hdf5(path)
@@ -114,16 +148,6 @@ def _read(path, read):
     raise UserError(
       f'Pretrained file {path}: cannot be read: {type(error).__name__}: {error}'
     ) from error
-
-
-def _from_keras(path):
-  saved = keras.models.load_model(path, compile=False)
-  if isinstance(saved, Instrumented):
-    raise UserError(
-      f'Pretrained file {path}: must hold a float model, such as final.keras of a work folder. '
-      'Received: a model that has been quantized already.'
-    )
-  return [np.array(weight) for weight in saved.weights]
 
 
 def _from_npz(name_by_path, path):

@@ -119,6 +119,6 @@ def macs_share(channels):
   return remaining
 
 
-def nonzero_params(model):
-  """Returns how many of a Keras model's weights are not zero."""
-  return int(sum(np.count_nonzero(weight) for weight in model.get_weights()))
+def nonzero(weights):
+  """Returns how many values of arrays are not zero."""
+  return int(sum(np.count_nonzero(weight) for weight in weights))

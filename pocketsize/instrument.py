@@ -70,6 +70,11 @@ class Instrumented(keras.Model):
     still = {id(variable) for variable in self.source.variables}
     return [variable for variable in variables if id(variable) not in still]
 
+  @property
+  def weight_places(self):
+    """The (path, point) of the weights that have transforms, each once, in order."""
+    return [place for place in dict.fromkeys(self._places) if place[1] not in ACTIVATION_POINTS]
+
   def transforms_at(self, path, point):
     """Returns the transforms at one place, in order."""
     return [
@@ -115,6 +120,16 @@ class Instrumented(keras.Model):
   def baked(self, path, point='kernel'):
     """Returns a layer's weight as deployed, a float array."""
     return np.array(keras.ops.convert_to_numpy(self.transformed(path, point)))
+
+  def deployed(self):
+    """Returns {id of a weight of `source`: array of its type, as deployed} of all its weights."""
+    arrays = {
+      id(weight): np.array(keras.ops.convert_to_numpy(weight)) for weight in self.source.weights
+    }
+    for path, point in self.weight_places:
+      weight = id(getattr(self.graph.layers[path], point))
+      arrays[weight] = self.baked(path, point).astype(arrays[weight].dtype)
+    return arrays
 
   def call(self, inputs, training=None):
     # Symbolic calls, such as of a model around this one, compute nothing yet.
@@ -170,8 +185,8 @@ class Instrumented(keras.Model):
       return args[0]
     weights = {
       point: self.transformed(node.path, point, training)
-      for path, point in dict.fromkeys(self._places)
-      if path == node.path and point not in ACTIVATION_POINTS
+      for path, point in self.weight_places
+      if path == node.path
     }
 
     def compute(training):
@@ -248,9 +263,6 @@ def strip(model):
   """
   stripped = copied(model.source)
   layers = Graph(stripped).layers
-  for path, point in dict.fromkeys(
-    (placement.path, placement.point) for placement in model.placements
-  ):
-    if point not in ACTIVATION_POINTS:
-      getattr(layers[path], point).assign(model.baked(path, point))
+  for path, point in model.weight_places:
+    getattr(layers[path], point).assign(model.baked(path, point))
   return stripped

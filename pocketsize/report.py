@@ -10,7 +10,6 @@ from rich.table import Table
 
 from pocketsize import cost, targets
 from pocketsize.graph import Graph
-from pocketsize.instrument import strip
 from pocketsize.quantization.calibrated import Calibrated
 from pocketsize.quantization.fusion import MOVING
 from pocketsize.quantization.kernel_quantizer import KernelQuantizer
@@ -83,7 +82,7 @@ def layers(model, skipped, float_graph=None):
     skipped: {path: reason} of the layers that a compressor left alone.
     float_graph: `Graph` of the model before compression, if channels were dropped since.
   """
-  deployed = Graph(strip(model)).layers
+  deployed = model.deployed()
   # A pruned model has the layers of nested ones inlined, and their names with them.
   before = {
     layer.name.replace('/', '_'): layer.channels
@@ -91,12 +90,11 @@ def layers(model, skipped, float_graph=None):
   }
   entries = []
   for layer in cost.layer_costs(model.graph):
-    points = targets.weight_points(deployed[layer.name])
-    weights = (
-      np.concatenate([np.ravel(getattr(deployed[layer.name], point)) for point in points])
-      if points
-      else None
-    )
+    kernels = [
+      deployed[id(getattr(model.graph.layers[layer.name], point))]
+      for point in targets.weight_points(model.graph.layers[layer.name])
+    ]
+    weights = np.concatenate([np.ravel(kernel) for kernel in kernels]) if kernels else None
     entries.append(
       {
         'name': layer.name,
@@ -104,7 +102,7 @@ def layers(model, skipped, float_graph=None):
         'macs': layer.macs,
         'weight_bits': weight_bits(model, layer.name),
         'activation_bits': activation_bits(model, layer.name),
-        'sparsity': round(1.0 - np.count_nonzero(weights) / weights.size, 6) if points else 0.0,
+        'sparsity': round(1.0 - np.count_nonzero(weights) / weights.size, 6) if kernels else 0.0,
         'channels_before': before[layer.name.replace('/', '_')],
         'channels_after': layer.channels,
         'skipped_because': skipped.get(layer.name),
@@ -167,7 +165,6 @@ def build(
     skipped: {path: reason}.
     packed: what `packed.verify` says of the packed file, or None.
   """
-  stripped, float_graph = strip(model), Graph(float_model)
   parts = {} if pruned is None else {'pruned': _part(*pruned)}
   return {
     **names,
@@ -175,15 +172,15 @@ def build(
     **parts,
     'compressed': {
       'metrics': metrics,
-      'params': stripped.count_params(),
-      'nonzero_params': cost.nonzero_params(stripped),
-      'macs': cost.macs(Graph(stripped)),
+      'params': model.source.count_params(),
+      'nonzero_params': cost.nonzero(model.deployed().values()),
+      'macs': cost.macs(model.graph),
       'mean_weight_bits': round(mean_weight_bits(model), 4),
       'bytes': bytes_[1],
     },
     'files': files,
     **({} if packed is None else {'packed': packed}),
-    'layers': layers(model, skipped or {}, float_graph),
+    'layers': layers(model, skipped or {}, Graph(float_model)),
     'seconds': seconds,
     'command': command,
     'versions': versions(),

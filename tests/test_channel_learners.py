@@ -391,19 +391,21 @@ def _net(*channels, shape=(8, 8, 1), classes=10, names='conv'):
   ],
   ids=['wider', 'one wider', 'deeper', 'other images', 'larger', 'classes', 'names', 'another'],
 )
-def test_what_is_no_part_of_the_net_is_no_pruned_model(tmp_path, other):
-  other.save(tmp_path / 'model.keras')
-  assert pretrained.load_pruned(_net(8, 8), tmp_path / 'model.keras') is None
+def test_what_is_no_part_of_the_net_is_no_pruned_model(other):
+  assert not pretrained.is_pruned(other, _net(8, 8))
 
 
 def test_a_part_of_the_net_is_a_pruned_model(tmp_path):
-  smaller = _net(4, 8)
-  smaller.save(tmp_path / 'model.keras')
-  found = pretrained.load_pruned(_net(8, 8), tmp_path / 'model.keras')
-  assert_same_bits(found.get_weights(), smaller.get_weights())
-  _net(8, 8).save(tmp_path / 'whole.keras')
-  assert pretrained.load_pruned(_net(8, 8), tmp_path / 'whole.keras') is None
-  assert pretrained.load_pruned(_net(8, 8), tmp_path / 'missing.keras') is None
+  for saved in (_net(4, 8), _net(8, 8)):
+    saved.save(tmp_path / 'model.keras')
+    found = _found(_net(8, 8), tmp_path)
+    assert_same_bits(found.get_weights(), saved.get_weights())
+  with pytest.raises(UserError, match='must exist'):
+    _found(_net(8, 8), tmp_path / 'missing')
+
+
+def _found(model, folder):
+  return pretrained.load_or_pruned(model, folder / 'model.keras', names=None)
 
 
 def test_a_bias_that_holds_what_dropped_channels_gave_is_no_other_net(tmp_path):
@@ -418,14 +420,14 @@ def test_a_bias_that_holds_what_dropped_channels_gave_is_no_other_net(tmp_path):
   smaller = shrink(whole(), {'first': np.arange(8) < 5}, keep_shift=True)
   assert smaller.get_layer('second').bias is not None
   smaller.save(tmp_path / 'model.keras')
-  found = pretrained.load_pruned(whole(), tmp_path / 'model.keras')
+  found = _found(whole(), tmp_path)
   assert_same_bits(found.get_weights(), smaller.get_weights())
 
 
 def test_a_nested_model_that_was_shrunk_is_known_by_its_paths(tmp_path):
   model = prunable.nested()
   shrink(model, {'body/a': np.arange(8) < 5}).save(tmp_path / 'model.keras')
-  found = pretrained.load_pruned(prunable.nested(), tmp_path / 'model.keras')
+  found = _found(prunable.nested(), tmp_path)
   assert found.get_layer('body_a').filters == 5
 
 

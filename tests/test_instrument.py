@@ -452,6 +452,23 @@ def test_strip_gives_stock_layers_with_the_same_names_structure_and_outputs(name
   assert 0.1 < sparsity < 0.9
 
 
+@pytest.mark.parametrize('policy', ['float32', 'float16', 'bfloat16'])
+@pytest.mark.parametrize('make', [shared_net, nested_net])
+def test_deployed_has_the_weights_of_the_stripped_model(make, policy):
+  keras.config.set_dtype_policy(policy)
+  try:
+    overlay = masked(make())
+    stripped = strip(overlay)
+  finally:
+    keras.config.set_dtype_policy('float32')
+  arrays = overlay.deployed()
+  for weight, expected in zip(overlay.source.weights, stripped.weights, strict=True):
+    expected = keras.ops.convert_to_numpy(expected)
+    assert arrays[id(weight)].dtype == expected.dtype
+    np.testing.assert_array_equal(arrays[id(weight)], expected)
+  assert any((arrays[id(weight)] != weight.numpy()).any() for weight in overlay.source.weights)
+
+
 def test_strip_copies_so_training_on_does_not_reach_it():
   overlay = masked(conv_net())
   stripped = strip(overlay)

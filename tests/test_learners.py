@@ -88,12 +88,13 @@ def finished(tmp_path_factory):
   """Returns the folder of a run that nothing stopped, by its arguments; tests only look at it."""
   kept = {}
 
-  def get(*arguments):
-    if arguments not in kept:
+  def get(*arguments, helper=ModelHelper):
+    key = (helper, arguments)
+    if key not in kept:
       folder = tmp_path_factory.mktemp('finished')
-      assert run(folder, *arguments) == 0
-      kept[arguments] = folder
-    return kept[arguments]
+      assert run(folder, *arguments, helper=helper) == 0
+      kept[key] = folder
+    return kept[key]
 
   return get
 
@@ -139,14 +140,14 @@ def test_a_run_killed_at_any_step_ends_with_the_same_bits(
 
 # The second start takes the float model from its file, which the first had trained itself.
 @pytest.mark.parametrize('step', [5, 15], ids=['before-a-checkpoint', 'after-one'])
-def test_a_killed_run_with_dropout_ends_with_the_same_bits(tmp_path, kill_at, step):
+def test_a_killed_run_with_dropout_ends_with_the_same_bits(tmp_path, kill_at, finished, step):
+  undisturbed = weights(finished(*SPARSE, helper=WithDropout))
   revive = kill_at('compressed', step)
   with pytest.raises(Killed):
-    run(tmp_path / 'killed', *SPARSE, helper=WithDropout)
+    run(tmp_path, *SPARSE, helper=WithDropout)
   revive()
-  for folder in ('killed', 'undisturbed'):
-    assert run(tmp_path / folder, *SPARSE, helper=WithDropout) == 0
-  assert_same_bits(weights(tmp_path / 'killed'), weights(tmp_path / 'undisturbed'))
+  assert run(tmp_path, *SPARSE, helper=WithDropout) == 0
+  assert_same_bits(weights(tmp_path), undisturbed)
 
 
 def test_without_an_output_nothing_is_shown(monkeypatch, capfd):

@@ -3,7 +3,7 @@
 import pathlib
 
 from pocketsize.errors import UserError
-from pocketsize.instrument import ACTIVATION_POINTS, Instrumented, strip
+from pocketsize.instrument import ACTIVATION_POINTS, Instrumented
 from pocketsize.packed import reader, writer
 from pocketsize.packed.reader import FLOAT_BITS
 
@@ -38,10 +38,7 @@ def verify(path, model):
     packed = reader.load(path)
   except reader.PackedError as error:
     raise UserError(str(error)) from error
-  source = strip(model) if isinstance(model, Instrumented) else model
-  deployed = {
-    name: writer.array_of(variable) for name, variable in writer.variables(source).items()
-  }
+  deployed = writer.deployed(model)
   _compare(pathlib.Path(path).name, packed, deployed)
   kinds = dict.fromkeys(_KINDS.values(), 0)
   for weight in packed.weights.values():

@@ -13,7 +13,7 @@ import numpy as np
 
 from pocketsize.files import atomic_path
 from pocketsize.graph import Graph
-from pocketsize.instrument import ACTIVATION_POINTS, Instrumented, strip
+from pocketsize.instrument import ACTIVATION_POINTS, Instrumented
 from pocketsize.packed import reader
 from pocketsize.packed.reader import FLOAT_BITS, Weight
 from pocketsize.transform import Transform
@@ -83,22 +83,34 @@ def _inner_name(layer, variable):
 
 def weights(model):
   """Returns the `Weight`s of a model as deployed, in order; see `write`."""
-  deployed, transforms = model, {}
+  source, transforms = model, {}
   if isinstance(model, Instrumented):
-    deployed = strip(model)
-    layers = Graph(deployed).layers
+    source = model.source
     for path, point, transform in model.placements:
       if point not in ACTIVATION_POINTS:
-        transforms.setdefault(id(getattr(layers[path], point)), []).append(transform)
+        weight = getattr(model.graph.layers[path], point)
+        transforms.setdefault(id(weight), []).append(transform)
+  arrays = deployed(model)
   return [
-    weight_of(path, array_of(variable), transforms.get(id(variable), ()))
-    for path, variable in variables(deployed).items()
+    weight_of(path, arrays[path], transforms.get(id(variable), ()))
+    for path, variable in variables(source).items()
   ]
 
 
-def array_of(variable):
-  """Returns a variable as an array of its own type; bfloat16, which NumPy has not, as float32."""
-  array = np.array(keras.ops.convert_to_numpy(variable))
+def deployed(model):
+  """Returns {path, as in a packed file: array} of the weights of a model as deployed.
+
+  They have types of their own, but for bfloat16, which NumPy has not: it becomes float32.
+  """
+  if isinstance(model, Instrumented):
+    source, arrays = model.source, model.deployed()
+  else:
+    source = model
+    arrays = {id(weight): keras.ops.convert_to_numpy(weight) for weight in model.weights}
+  return {path: _known_type(arrays[id(variable)]) for path, variable in variables(source).items()}
+
+
+def _known_type(array):
   return array if array.dtype.name in reader.DTYPES else array.astype(np.float32)
 
 
