@@ -122,14 +122,24 @@ class Instrumented(keras.Model):
     return np.array(keras.ops.convert_to_numpy(self.transformed(path, point)))
 
   def deployed(self):
-    """Returns {id of a weight of `source`: array of its type, as deployed} of all its weights."""
-    arrays = {
-      id(weight): np.array(keras.ops.convert_to_numpy(weight)) for weight in self.source.weights
-    }
-    for path, point in self.weight_places:
-      weight = id(getattr(self.graph.layers[path], point))
-      arrays[weight] = self.baked(path, point).astype(arrays[weight].dtype)
+    """Returns {path of a layer: the arrays of its `weights`, as deployed}.
+
+    A layer that stands in two nested models has two paths, and may have other transforms at each.
+    """
+    places = set(self.weight_places)
+    arrays = {}
+    for path, layer in self.graph.layers.items():
+      point_by_weight = {
+        id(getattr(layer, point)): point for place, point in places if place == path
+      }
+      arrays[path] = [
+        self._deployed(path, weight, point_by_weight.get(id(weight))) for weight in layer.weights
+      ]
     return arrays
+
+  def _deployed(self, path, weight, point):
+    array = np.array(keras.ops.convert_to_numpy(weight))
+    return array if point is None else self.baked(path, point).astype(array.dtype)
 
   def call(self, inputs, training=None):
     # Symbolic calls, such as of a model around this one, compute nothing yet.

@@ -90,10 +90,7 @@ def layers(model, skipped, float_graph=None):
   }
   entries = []
   for layer in cost.layer_costs(model.graph):
-    kernels = [
-      deployed[id(getattr(model.graph.layers[layer.name], point))]
-      for point in targets.weight_points(model.graph.layers[layer.name])
-    ]
+    kernels = _kernels(model.graph.layers[layer.name], deployed[layer.name])
     weights = np.concatenate([np.ravel(kernel) for kernel in kernels]) if kernels else None
     entries.append(
       {
@@ -109,6 +106,14 @@ def layers(model, skipped, float_graph=None):
       }
     )
   return entries
+
+
+def _kernels(layer, arrays):
+  """Returns those of the arrays of a layer's weights that can be compressed."""
+  points = {id(getattr(layer, point)) for point in targets.weight_points(layer)}
+  return [
+    array for weight, array in zip(layer.weights, arrays, strict=True) if id(weight) in points
+  ]
 
 
 def mean_weight_bits(model):
@@ -165,6 +170,7 @@ def build(
     skipped: {path: reason}.
     packed: what `packed.verify` says of the packed file, or None.
   """
+  weights = [array for arrays in model.deployed().values() for array in arrays]
   parts = {} if pruned is None else {'pruned': _part(*pruned)}
   return {
     **names,
@@ -172,8 +178,8 @@ def build(
     **parts,
     'compressed': {
       'metrics': metrics,
-      'params': model.source.count_params(),
-      'nonzero_params': cost.nonzero(model.deployed().values()),
+      'params': sum(weight.size for weight in weights),
+      'nonzero_params': cost.nonzero(weights),
       'macs': cost.macs(model.graph),
       'mean_weight_bits': round(mean_weight_bits(model), 4),
       'bytes': bytes_[1],

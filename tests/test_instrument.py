@@ -461,12 +461,29 @@ def test_deployed_has_the_weights_of_the_stripped_model(make, policy):
     stripped = strip(overlay)
   finally:
     keras.config.set_dtype_policy('float32')
+  layers_of = Graph(stripped).layers
+  for path, arrays in overlay.deployed().items():
+    expected = [keras.ops.convert_to_numpy(weight) for weight in layers_of[path].weights]
+    assert [array.dtype for array in arrays] == [array.dtype for array in expected]
+    for array, other in zip(arrays, expected, strict=True):
+      np.testing.assert_array_equal(array, other)
+  kernel = next(iter(weighted_layers(overlay.graph)))
+  assert (overlay.deployed()[kernel][0] == 0).any()
+
+
+def test_deployed_has_a_layer_at_each_of_its_paths():
+  shared = layers.Dense(4, name='shared')
+  inner = keras.Input((4,))
+  nested = keras.Model(inner, shared(inner), name='nested')
+  x = keras.Input((4,))
+  overlay = instrument(
+    keras.Model(x, layers.Add()([nested(x), shared(x)])),
+    [Placement('nested/shared', 'kernel', Scaled(0.5)), Placement('shared', 'kernel', Scaled(3.0))],
+  )
+  kernel = np.array(shared.kernel)
   arrays = overlay.deployed()
-  for weight, expected in zip(overlay.source.weights, stripped.weights, strict=True):
-    expected = keras.ops.convert_to_numpy(expected)
-    assert arrays[id(weight)].dtype == expected.dtype
-    np.testing.assert_array_equal(arrays[id(weight)], expected)
-  assert any((arrays[id(weight)] != weight.numpy()).any() for weight in overlay.source.weights)
+  np.testing.assert_array_equal(arrays['nested/shared'][0], 0.5 * kernel)
+  np.testing.assert_array_equal(arrays['shared'][0], 3.0 * kernel)
 
 
 def test_strip_copies_so_training_on_does_not_reach_it():

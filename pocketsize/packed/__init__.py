@@ -4,9 +4,10 @@ The layout is described in docs/packed.md. `reader` needs NumPy only; it can be 
 rest of the library.
 """
 
+from pocketsize.packed.naming import variables
 from pocketsize.packed.reader import Packed, PackedError, Weight, load, read
 from pocketsize.packed.verification import verify
-from pocketsize.packed.writer import assemble, has_codes, variables, write
+from pocketsize.packed.writer import assemble, has_codes, write
 
 __all__ = [
   'Packed',

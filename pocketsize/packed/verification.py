@@ -3,7 +3,7 @@
 import pathlib
 
 from pocketsize.errors import UserError
-from pocketsize.instrument import ACTIVATION_POINTS, Instrumented
+from pocketsize.instrument import Instrumented
 from pocketsize.packed import reader, writer
 from pocketsize.packed.reader import FLOAT_BITS
 
@@ -81,14 +81,10 @@ def _note(model, packed):
   """Returns a sentence about quantized weights that no codes gave exactly, or ''."""
   if not isinstance(model, Instrumented):
     return ''
-  quantized = {
-    id(getattr(model.graph.layers[path], point))
-    for path, point, transform in model.placements
-    if point not in ACTIVATION_POINTS and hasattr(transform, 'bits')
-  }
   stored = [
-    path
-    for path, variable in writer.variables(model.source).items()
-    if id(variable) in quantized and packed.weights[path].bits == FLOAT_BITS
+    name
+    for name, transforms in writer.transforms_by_name(model).items()
+    if any(hasattr(transform, 'bits') for transform in transforms)
+    and packed.weights[name].bits == FLOAT_BITS
   ]
   return f'as float32, for want of exact codes: {", ".join(stored)}' if stored else ''

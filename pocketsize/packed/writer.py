@@ -8,13 +8,13 @@ import json
 import lzma
 import zlib
 
-import keras
 import numpy as np
 
 from pocketsize.files import atomic_path
 from pocketsize.graph import Graph
 from pocketsize.instrument import ACTIVATION_POINTS, Instrumented
 from pocketsize.packed import reader
+from pocketsize.packed.naming import names
 from pocketsize.packed.reader import FLOAT_BITS, Weight
 from pocketsize.transform import Transform
 
@@ -59,46 +59,29 @@ def has_codes(model):
   )
 
 
-def variables(model):
-  """Returns {path of a weight, as in a packed file: Keras variable} of a model.
-
-  The path is that of the layer, as in `Graph`, and the name that the weight has inside it.
-  """
-  found = {}
-  for layer_path, layer in Graph(model).layers.items():
-    for variable in layer.weights:
-      path = original = f'{layer_path}/{_inner_name(layer, variable)}'
-      number = 1
-      while path in found:
-        path, number = f'{original}_{number}', number + 1
-      found[path] = variable
-  return found
-
-
-def _inner_name(layer, variable):
-  """Returns 'kernel', or 'query/kernel' for the weight of a layer inside a layer."""
-  _, _, inner = f'/{variable.path}'.rpartition(f'/{layer.name}/')
-  return inner or variable.name
-
-
 def weights(model):
   """Returns the `Weight`s of a model as deployed, in order; see `write`."""
-  source, transforms = model, {}
-  if isinstance(model, Instrumented):
-    source = model.source
-    for path, point, transform in model.placements:
-      if point not in ACTIVATION_POINTS:
-        weight = getattr(model.graph.layers[path], point)
-        transforms.setdefault(id(weight), []).append(transform)
-  arrays = deployed(model)
+  transforms = transforms_by_name(model) if isinstance(model, Instrumented) else {}
   return [
-    weight_of(path, arrays[path], transforms.get(id(variable), ()))
-    for path, variable in variables(source).items()
+    weight_of(path, values, transforms.get(path, ())) for path, values in deployed(model).items()
   ]
 
 
+def transforms_by_name(model):
+  """Returns {path in a packed file: transforms, in order} of the weights of an `Instrumented`."""
+  found = {}
+  named = names(model.source)
+  for path, point, transform in model.placements:
+    if point not in ACTIVATION_POINTS:
+      layer = model.graph.layers[path]
+      weight = getattr(layer, point)
+      index = [id(each) for each in layer.weights].index(id(weight))
+      found.setdefault(named[path][index], []).append(transform)
+  return found
+
+
 def deployed(model):
-  """Returns {path, as in a packed file: array} of the weights of a model as deployed.
+  """Returns {path in a packed file: array} of the weights of a model as deployed.
 
   They have types of their own, but for bfloat16, which NumPy has not: it becomes float32.
   """
@@ -106,8 +89,12 @@ def deployed(model):
     source, arrays = model.source, model.deployed()
   else:
     source = model
-    arrays = {id(weight): keras.ops.convert_to_numpy(weight) for weight in model.weights}
-  return {path: _known_type(arrays[id(variable)]) for path, variable in variables(source).items()}
+    arrays = {path: layer.get_weights() for path, layer in Graph(model).layers.items()}
+  return {
+    name: _known_type(array)
+    for path, layer_names in names(source).items()
+    for name, array in zip(layer_names, arrays[path], strict=True)
+  }
 
 
 def _known_type(array):
