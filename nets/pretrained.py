@@ -8,7 +8,7 @@ import keras
 import numpy as np
 
 from pocketsize.errors import UserError
-from pocketsize.graph import Graph
+from pocketsize.graph import Graph, finalize_normalization, inlined
 from pocketsize.instrument import Instrumented
 
 
@@ -44,16 +44,20 @@ def load_or_pruned(model, path, names):
 def is_pruned(saved, model):
   """Returns whether a Keras model is another one with fewer channels.
 
-  It then has inputs and outputs of the same shapes, and every layer with weights is one of
-  `model`'s, with as many axes and no more channels. A layer may have got a bias, which holds what
-  dropped channels of constant value gave it.
+  It then has inputs and outputs of the same shapes and the layers with weights of `model`, with as
+  many axes and no more channels. A layer may have got a bias, which holds what dropped channels of
+  constant value gave it.
   """
   if not isinstance(saved, keras.Model):
     return False
-  ours = {path.replace('/', '_'): layer for path, layer in Graph(model).layers.items()}
+  layers, theirs = Graph(model).layers, Graph(saved).layers
+  ours = inlined(layers)
+  found = {id(ours.get(name)) for name in theirs}
+  if any(layer.weights and id(layer) not in found for layer in layers.values()):
+    return False
   smaller = False
-  for name, layer in Graph(saved).layers.items():
-    known = ours.get(name.replace('/', '_'))
+  for name, layer in theirs.items():
+    known = ours.get(name)
     shapes = _shapes(layer, known)
     limits = [tuple(weight.shape) for weight in known.weights] if known else []
     if shapes and not _fit(shapes, limits):
@@ -130,6 +134,7 @@ def _assign(model, path, arrays):
     )
   for weight, array in zip(model.weights, arrays, strict=True):
     weight.assign(array)
+  finalize_normalization(model)
 
 
 def _read(path, read):

@@ -63,11 +63,19 @@ def layer_costs(graph):
       path,
       layer.count_params(),
       macs[path],
-      graph.shape(next(node for node in graph.nodes if node.path == path).outputs[0])[-1],
+      _channels(layer, graph.shape(next(n for n in graph.nodes if n.path == path).outputs[0])),
     )
     for path, layer in graph.layers.items()
     if layer.weights
   ]
+
+
+def _channels(layer, shape):
+  """Returns the size of the axis of channels in the shape of a layer's output."""
+  if getattr(layer, 'data_format', None) == 'channels_first':
+    return shape[1]
+  axis = getattr(layer, 'axis', -1)  # Some normalize over several: the last is as good as any.
+  return shape[axis if isinstance(axis, int) else -1]
 
 
 def macs(graph):

@@ -4,11 +4,11 @@ This is the only module that reads Keras' own record of a functional model (`_no
 """
 
 import dataclasses
-import inspect
 
 import keras
 from keras.src.models.functional import Functional
 
+from pocketsize import records
 from pocketsize.errors import UserError
 
 # Class names of layers that hand on what they read when a model is not trained.
@@ -79,17 +79,51 @@ def functional(model):
 
 
 def copied(model):
-  """Returns a copy of a model: its structure, names, weights and frozen flags."""
-  copy = keras.models.clone_model(model)
+  """Returns a copy of a model: its structure, names, weights and frozen flags.
+
+  Raises:
+    UserError: see `check_copyable`.
+  """
+  try:
+    copy = keras.models.clone_model(model)
+  except Exception:
+    check_copyable(Graph(model))
+    raise
   originals = Graph(model).layers
   # By path, since a layer that is shared among nested models has a copy in each of them.
   for path, layer in Graph(copy).layers.items():
     if layer.weights:
       layer.set_weights(originals[path].get_weights())
-      if isinstance(layer, keras.layers.Normalization):
-        # It computes with constants made from its weights.
-        layer.finalize_state()
+  finalize_normalization(copy)
   return copy
+
+
+def finalize_normalization(model):
+  """Lets `Normalization` layers take over weights that were set: they compute with constants."""
+  for layer in Graph(model).layers.values():
+    if isinstance(layer, keras.layers.Normalization) and layer.weights:
+      layer.finalize_state()
+
+
+def check_copyable(graph):
+  """Raises a UserError for a layer of a `Graph` that Keras cannot make again from its config."""
+  for path, layer in graph.layers.items():
+    try:
+      type(layer).from_config(layer.get_config())
+    except Exception as error:
+      raise UserError(
+        f'Layer {path!r} cannot be made again from its configuration, as for a file: give it '
+        'functions and classes that are registered with keras.saving.register_keras_serializable, '
+        f'and no lambda. Received: {type(error).__name__}: {str(error).splitlines()[0]}'
+      ) from error
+
+
+def inlined(values):
+  """Returns {path: value} of a model's layers, also by the names that they have once it was pruned.
+
+  Pruning makes 'base_conv' of 'base/conv', a layer of a nested model.
+  """
+  return {path.replace('/', '_'): value for path, value in values.items()} | values
 
 
 def is_nested(operation):
@@ -97,18 +131,6 @@ def is_nested(operation):
   return isinstance(operation, keras.Sequential) or (
     isinstance(operation, Functional) and type(operation).call is Functional.call
   )
-
-
-def _training(node):
-  """Returns (whether an operation takes `training`, whether the model's author wrote False there).
-
-  Keras records a call with the default filled in: False at a Dropout means nothing, at a layer or
-  nested model whose default is None it was written.
-  """
-  parameter = inspect.signature(node.operation.call).parameters.get('training')
-  if parameter is None:
-    return False, False
-  return True, node.arguments.kwargs.get('training') is False and parameter.default is not False
 
 
 class Graph:
@@ -160,21 +182,14 @@ class Graph:
         if node.is_input or not node.operation:
           continue
         path = prefix + node.operation.name
-        inputs = tuple(numbers[id(symbol)] for symbol in node.input_tensors)
-        takes_training, says_inference = _training(node)
+        takes_training, says_inference = records.training(node)
         fixed = inference_only or says_inference
         if is_nested(node.operation):
           inner = functional(node.operation)
-          if len(inputs) > len(inner.inputs):
-            # Keras records the mask that a tensor carries as one more argument.
-            raise UserError(
-              f'The nested model {path!r} reads a tensor with a mask, which would not reach its '
-              'layers in files: put them into the outer model, or mask behind it. '
-              f'Received: {len(inputs)} tensors for {len(inner.inputs)} inputs.'
-            )
+          fed = records.fed(inner, node, path)
           local = {
-            id(symbol): self._cast(number, symbol, path)
-            for symbol, number in zip(inner.inputs, inputs, strict=True)
+            id(symbol): self._cast(numbers[id(outer)], symbol, path)
+            for symbol, outer in zip(inner.inputs, fed, strict=True)
           }
           self._walk(inner, path + '/', local, fixed)
           outputs = [local[id(symbol)] for symbol in inner.outputs]
@@ -182,7 +197,7 @@ class Graph:
           outputs = self._add(
             path,
             node.operation,
-            inputs,
+            tuple(numbers[id(symbol)] for symbol in node.input_tensors),
             node.output_tensors,
             symbols=tuple(node.input_tensors),
             arguments=node.arguments,
@@ -267,7 +282,7 @@ class Graph:
       known = {
         id(symbol): values[number] for symbol, number in zip(node.symbols, node.inputs, strict=True)
       }
-      args, kwargs = node.arguments.fill_in(known)
+      args, kwargs = records.with_first_by_position(node.operation, *node.arguments.fill_in(known))
       if node.takes_training:
         kwargs['training'] = False if node.inference_only else training
       outputs = call(node, args, kwargs)

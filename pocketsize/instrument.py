@@ -56,6 +56,11 @@ class Instrumented(keras.Model):
     ]
 
   @property
+  def output_names(self):
+    """The names of the outputs, by which losses and metrics may be given."""
+    return functional(self.source).output_names
+
+  @property
   def trainable_variables(self):
     return self._training(super().trainable_variables)
 

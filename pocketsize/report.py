@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pocketsize import cost, targets
-from pocketsize.graph import Graph
+from pocketsize.graph import Graph, inlined
 from pocketsize.quantization.calibrated import Calibrated
 from pocketsize.quantization.fusion import MOVING
 from pocketsize.quantization.kernel_quantizer import KernelQuantizer
@@ -83,11 +83,9 @@ def layers(model, skipped, float_graph=None):
     float_graph: `Graph` of the model before compression, if channels were dropped since.
   """
   deployed = model.deployed()
-  # A pruned model has the layers of nested ones inlined, and their names with them.
-  before = {
-    layer.name.replace('/', '_'): layer.channels
-    for layer in cost.layer_costs(float_graph or model.graph)
-  }
+  before = inlined(
+    {layer.name: layer.channels for layer in cost.layer_costs(float_graph or model.graph)}
+  )
   entries = []
   for layer in cost.layer_costs(model.graph):
     kernels = _kernels(model.graph.layers[layer.name], deployed[layer.name])
@@ -100,7 +98,7 @@ def layers(model, skipped, float_graph=None):
         'weight_bits': weight_bits(model, layer.name),
         'activation_bits': activation_bits(model, layer.name),
         'sparsity': round(1.0 - np.count_nonzero(weights) / weights.size, 6) if kernels else 0.0,
-        'channels_before': before[layer.name.replace('/', '_')],
+        'channels_before': before[layer.name],
         'channels_after': layer.channels,
         'skipped_because': skipped.get(layer.name),
       }

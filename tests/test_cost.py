@@ -80,3 +80,12 @@ def test_resnet_20_has_40_8_million_macs():
     model = resnet.ModelHelper(resnet.ModelHelper.Config(shortcut=shortcut)).build()
     assert macs(Graph(model)) == expected
   assert by_shortcut == {'pad': 40_551_040, 'projection': 40_813_184}
+
+
+@pytest.mark.parametrize('data_format', ['channels_first', 'channels_last'])
+def test_channels_are_counted_along_their_axis(data_format):
+  inputs = keras.Input((3, 8, 6))
+  x = layers.Conv2D(4, 3, data_format=data_format, name='conv')(inputs)
+  x = layers.BatchNormalization(1 if data_format == 'channels_first' else -1, name='bn')(x)
+  costs = {cost.name: cost.channels for cost in layer_costs(Graph(keras.Model(inputs, x)))}
+  assert costs == {'conv': 4, 'bn': 4}

@@ -9,7 +9,7 @@ from keras import layers
 from toys import MODELS, conv_net, images, nested_net, paths, shared_net
 
 from pocketsize.errors import UserError
-from pocketsize.graph import Graph
+from pocketsize.graph import Graph, copied
 
 
 def assert_same_run(model, inputs, flat_inputs=None):
@@ -197,3 +197,41 @@ def test_a_nested_model_that_reads_a_masked_tensor_is_refused(carried):
   given = {} if carried else {'mask': keras.ops.equal(words, 1)}
   with pytest.raises(UserError, match="'inner' reads a tensor with a mask.* 2 tensors for 1 inp"):
     Graph(keras.Model(words, inner(x, **given)))
+
+
+def test_a_nested_model_takes_a_list_of_inputs_by_their_names():
+  z, a = keras.Input((3,), name='z'), keras.Input((3,), name='a')
+  nested = keras.Model([z, a], z - 2 * a)
+  p, q = keras.Input((3,), name='p'), keras.Input((3,), name='q')
+  x = [np.ones((1, 3), 'float32'), np.full((1, 3), 5, 'float32')]
+  for unread in ({}, {'other': keras.ops.relu(p)}):
+    model = keras.Model([p, q], nested({'z': p, 'a': q, **unread}))
+    np.testing.assert_array_equal(model(x), np.full((1, 3), -9.0))
+    np.testing.assert_array_equal(Graph(model).run(x)[0], np.full((1, 3), -9.0))
+
+
+def test_the_first_argument_of_a_call_comes_by_position():
+  inputs = keras.Input((3,))
+  wide = keras.ops.expand_dims(inputs, 1)
+  attended = layers.MultiHeadAttention(1, 2, name='attention')(value=wide, query=wide)
+  model = keras.Model(inputs, [layers.Dense(2, name='dense')(inputs=inputs), attended])
+  received = {}
+
+  def call(node, args, kwargs):
+    if not node.is_input:
+      received[node.path] = (len(args), sorted(kwargs))
+    return args[0] if node.is_input else node.operation(*args, **kwargs)
+
+  x = np.ones((4, 3), 'float32')
+  assert_same_run(model, x)
+  Graph(model).run([x], call)
+  assert received['dense'][0] == 1 and 'inputs' not in received['dense'][1]
+  assert received['attention'][0] == 1 and 'value' in received['attention'][1]
+
+
+def test_a_layer_with_a_lambda_is_named_when_it_cannot_be_copied():
+  inputs = keras.Input((3,))
+  inner = layers.Dense(2, activation=lambda x: keras.ops.relu(x) * 1.5, name='own')(inputs)
+  model = keras.Model(inputs, keras.Model(inputs, inner, name='nested')(inputs))
+  with pytest.raises(UserError, match="Layer 'nested/own' .* registered with keras.*no lambda"):
+    copied(model)

@@ -575,6 +575,29 @@ def test_one_range_at_two_places_is_one_transform_again_when_loaded(tmp_path):
   np.testing.assert_array_equal(loaded(images()), model(images()))
 
 
+@pytest.mark.parametrize('as_dictionary', [False, True])
+def test_losses_and_metrics_are_given_by_the_names_of_the_outputs(as_dictionary):
+  inputs = keras.Input((3,))
+  outputs = [layers.Dense(2, name='a')(inputs), layers.Dense(1, name='b')(inputs)]
+  rng = np.random.default_rng(0)
+  x, a, b = (rng.normal(size=(8, size)).astype('float32') for size in (3, 2, 1))
+  source = keras.Model(inputs, outputs)
+  results = []
+  for model in (source, instrument(source)):
+    model.compile('sgd', {'a': 'mse', 'b': 'mae'}, metrics={'b': ['mse']})
+    y = {'a': a, 'b': b} if as_dictionary else [a, b]
+    results.append(model.evaluate(x, y, return_dict=True, verbose=0))
+  assert results[0] == results[1] and 'b_mse' in results[0]
+
+
+def test_a_layer_that_was_called_by_name_has_its_transforms():
+  inputs = keras.Input((3,))
+  model = keras.Model(inputs, layers.Dense(2, name='dense')(inputs=inputs))
+  overlay = instrument(model, [Placement('dense', 'input', Scaled(2.0))])
+  x = np.ones((1, 3), 'float32')
+  np.testing.assert_allclose(overlay(x) - model.layers[1].bias, 2 * model(x), rtol=1e-6)
+
+
 def test_dictionary_models_keep_their_structure():
   first, second = keras.Input((3,), name='first'), keras.Input((3,), name='second')
   model = keras.Model(

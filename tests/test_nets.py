@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 from ai_edge_litert.interpreter import Interpreter
 
-from nets import convnet_at_digits, lenet_at_cifar10, resnet_at_cifar10
+from nets import convnet_at_digits, lenet_at_cifar10, pretrained, resnet_at_cifar10
 from pocketsize.configure import compress
 from pocketsize.errors import UserError
 
@@ -219,6 +219,34 @@ def test_the_first_mismatch_is_named_and_nothing_changes(kind, stored, wanted, m
     helper.load_pretrained(model, tmp_path / kind)
   for weight, old in zip(model.get_weights(), before, strict=True):
     np.testing.assert_array_equal(weight, old)
+
+
+def test_a_shallower_net_is_no_pruned_one():
+  def net(*channels):
+    x = inputs = keras.Input((8, 8, 1))
+    for index, count in enumerate(channels):
+      x = keras.layers.Conv2D(count, 3, padding='same', name=f'conv{index}')(x)
+    x = keras.layers.GlobalAveragePooling2D()(x)
+    return keras.Model(inputs, keras.layers.Dense(10, name='dense')(x))
+
+  assert pretrained.is_pruned(net(4, 4), net(8, 8))
+  assert not pretrained.is_pruned(net(4), net(8, 8))
+
+
+def test_normalization_computes_with_the_weights_that_it_got(tmp_path):
+  x = np.arange(6, dtype='float32').reshape(2, 3)
+
+  def net():
+    inputs = keras.Input((3,))
+    normalization = keras.layers.Normalization()
+    outputs = normalization(inputs)
+    return keras.Model(inputs, outputs), normalization
+
+  (source, adapted), (target, _) = net(), net()
+  adapted.adapt(x)
+  source.save(tmp_path / 'w.keras')
+  _helper(convnet_at_digits).load_pretrained(target, tmp_path / 'w.keras')
+  np.testing.assert_array_equal(target(x), source(x))
 
 
 def test_random_and_optimizer_states_in_a_weights_file_are_no_weights(tmp_path):

@@ -12,6 +12,7 @@ from toys import conv_net, images
 
 import pocketsize
 from pocketsize import report
+from pocketsize.instrument import instrument
 
 
 def pruned_and_quantized():
@@ -206,3 +207,15 @@ def test_the_table_of_a_resnet_20_fits_80_columns():
   report.show(result, Console(file=text, width=120))
   table = text.getvalue().splitlines()[:6]
   assert max(len(line.rstrip()) for line in table) < 80
+
+
+def test_layers_whose_names_differ_by_a_slash_only_are_not_mixed_up():
+  inner = keras.Input((8, 8, 3))
+  base = keras.Model(inner, keras.layers.Conv2D(4, 3, name='conv')(inner), name='base')
+  inputs = keras.Input((8, 8, 3))
+  model = keras.Model(inputs, keras.layers.Conv2D(7, 3, name='base_conv')(base(inputs)))
+  entries = report.layers(instrument(model), {})
+  assert [(entry['channels_before'], entry['channels_after']) for entry in entries] == [
+    (4, 4),
+    (7, 7),
+  ]
