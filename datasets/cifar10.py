@@ -85,7 +85,8 @@ def read(path):
       parsed = _read_archive(path)
     else:
       raise UserError(
-        f'The folder of CIFAR-10 must be an existing folder or .tar.gz archive. Received: {path}.'
+        'The folder of CIFAR-10, named by --data_dir_local, POCKETSIZE_DATA_DIR_CIFAR10 or '
+        f'path.conf, must be an existing folder or .tar.gz archive. Received: {path}.'
       )
   except OSError as error:
     raise UserError(f'CIFAR-10 in {path} cannot be read: {error}.') from error

@@ -10,7 +10,7 @@ from learners.channels import read_ratios
 from pocketsize.compressor import Stack
 from pocketsize.errors import UserError
 from pocketsize.instrument import instrument, strip
-from pocketsize.options import check_options, option
+from pocketsize.options import check_options, option, refuse_idle
 from pocketsize.pruning.lasso import Lasso
 
 
@@ -55,8 +55,16 @@ class ChannelPruned(ChannelSearch):
       super().__post_init__()
       check_options(self)
       self.check_search()
+      if self.cp_prune_option != 'uniform':
+        refuse_idle(self, ('cp_uniform_preserve_ratio',), '--cp_prune_option=uniform')
+      if self.cp_prune_option != 'list':
+        refuse_idle(self, ('cp_prune_list_file',), '--cp_prune_option=list')
+      self.refuse_with_target('cp_uniform_preserve_ratio')
       if self.cp_finetune and self.cp_retrain:
         raise UserError('Give --cp_finetune or --cp_retrain, not both. Received: both.')
+      # With --cp_retrain they may stay, so that both ways of tuning can share their other flags.
+      if not (self.cp_finetune or self.cp_retrain):
+        refuse_idle(self, ('cp_lrn_rate_ft', 'cp_nb_iters_ft_ratio'), '--cp_finetune')
 
   def method(self):
     return Lasso(self.config.cp_lasso)

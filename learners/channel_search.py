@@ -58,7 +58,7 @@ class SearchFlags(ChannelConfig, AllocationFlags):
       return
     check_allocation(self, _ROLL_OUTS, ('cp_nb_rlouts_min',))
     check_start(self, 'cp_nb_rlouts', 'cp_nb_rlouts_min')
-    refuse_idle(self, ('target_scope', 'cp_uniform_preserve_ratio'), '--cp_prune_option=uniform')
+    refuse_idle(self, ('target_scope',), '--cp_prune_option=uniform')
     if self.channel_trunk == 'sampler':
       raise UserError(
         '--cp_prune_option=auto goes with --channel_trunk=shared or whole. Received: sampler.'

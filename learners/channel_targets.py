@@ -8,7 +8,7 @@ import numpy as np
 from pocketsize import cost
 from pocketsize.errors import UserError
 from pocketsize.latency import RUNTIMES, LatencyTable
-from pocketsize.options import check_options, option
+from pocketsize.options import check_options, option, refuse_idle
 from pocketsize.pruning import filters, units
 from pocketsize.pruning.latency_budget import choose_for_latency
 
@@ -83,6 +83,11 @@ class ChannelConfig:
         '--channel_trunk=sampler goes with --target=ratio or macs and --target_scope=group. '
         f'Received: --target={self.target} and --target_scope={self.target_scope}.'
       )
+
+  def refuse_with_target(self, *names):
+    """Raises a UserError if flags of `names`, of how much goes, are set and so is a target."""
+    if self.target != 'ratio':
+      refuse_idle(self, names, '--target=ratio')
 
 
 def kept_counts(config, channels, found, ratios, multiple, rounding, folder, scores=None):

@@ -7,7 +7,7 @@ import numpy as np
 from learners.channel_targets import ChannelConfig
 from learners.channels import ChannelLearner, read_ratios
 from pocketsize.errors import UserError
-from pocketsize.options import option
+from pocketsize.options import option, refuse_idle
 from pocketsize.pruning.proximal import Proximal
 
 # Whole output maps have many positions, so fewer images do.
@@ -51,6 +51,9 @@ class ChannelPrunedProximal(ChannelLearner):
           '--cpg_prune_ratio_type=list and --cpg_prune_ratio_file=FILE go together. '
           f'Received: {self.cpg_prune_ratio_type} and {self.cpg_prune_ratio_file}.'
         )
+      if self.cpg_prune_ratio_type == 'list':
+        refuse_idle(self, ('cpg_prune_ratio',), '--cpg_prune_ratio_type=uniform')
+      self.refuse_with_target('cpg_prune_ratio')
 
   def method(self):
     config = self.config

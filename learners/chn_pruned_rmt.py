@@ -5,8 +5,19 @@ import dataclasses
 from learners.channel_targets import ChannelConfig
 from learners.channels import ChannelLearner
 from pocketsize.errors import UserError
-from pocketsize.options import option
+from pocketsize.options import option, refuse_idle
 from pocketsize.pruning.ista import Ista
+
+# Flags that say which channels go. A command that differs by its warm start may keep all others.
+_CHOICE = (
+  'cpr_prune_ratio',
+  'target',
+  'channel_trunk',
+  'channel_multiple',
+  'cpr_skip_frst_layer',
+  'cpr_skip_last_layer',
+  'cpr_skip_op_names',
+)
 
 
 class ChannelPrunedRemastered(ChannelLearner):
@@ -42,6 +53,9 @@ class ChannelPrunedRemastered(ChannelLearner):
           '--cpr_warm_start and --cpr_save_path_ws=FILE go together. '
           f'Received: {self.cpr_warm_start} and {self.cpr_save_path_ws}.'
         )
+      if self.cpr_warm_start:
+        refuse_idle(self, _CHOICE, '--cpr_warm_start=false')
+      self.refuse_with_target('cpr_prune_ratio')
 
   def prepared(self, model):
     if self.config.cpr_warm_start:

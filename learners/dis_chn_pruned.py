@@ -42,6 +42,10 @@ class DiscriminationPruned(ChannelLearner):
       500, 'steps that a layer is tuned for after a channel joined it', lower=1
     )
 
+    def __post_init__(self):
+      super().__post_init__()
+      self.refuse_with_target('dcp_prune_ratio')
+
   def plan(self, model):
     classes(model)
     return super().plan(model)

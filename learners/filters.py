@@ -8,7 +8,7 @@ from pocketsize.compressor import Stack
 from pocketsize.errors import UserError
 from pocketsize.graph import Graph
 from pocketsize.instrument import instrument, strip
-from pocketsize.options import check_options, option
+from pocketsize.options import check_options, option, refuse_idle
 from pocketsize.pruning.filter_config import CRITERIA, SCHEDULES, SCOPES, FilterConfig
 from pocketsize.pruning.filter_pruning import FilterPruning
 from pocketsize.shrink import compact
@@ -64,11 +64,16 @@ class FilterLearner(Learner):
           '--fp_criterion=taylor looks at gradients of the training before it drops filters: give '
           '--fp_iter_ratio_beg above 0. Received: 0.0.'
         )
-      if self.fp_schedule != 'once' and self.fp_iter_ratio_beg > self.fp_iter_ratio_end:
+      if self.fp_schedule == 'once':
+        names = ('fp_initial_ratio', 'fp_iter_ratio_end', 'fp_mask_update_step')
+        refuse_idle(self, names, f'--fp_schedule={" or ".join(SCHEDULES[1:])}')
+      elif self.fp_iter_ratio_beg > self.fp_iter_ratio_end:
         raise UserError(
           '--fp_iter_ratio_beg must not be above --fp_iter_ratio_end. '
           f'Received: {self.fp_iter_ratio_beg} and {self.fp_iter_ratio_end}.'
         )
+      if self.fp_schedule == 'baseline' and not self.fp_iter_ratio_beg:
+        refuse_idle(self, ('fp_initial_ratio',), '--fp_iter_ratio_beg')
 
     @property
     def is_at_once(self):

@@ -64,6 +64,11 @@ class NonUniformLearner(BitAllotting):
       quantization.check_buckets(self, 'nuql')
       quantization.check_device(self, 'nuql')
       bit_flags.check(self, 'nuql')
+      names = ['nuql_init_style', 'nuql_centre_bits', 'nuql_use_buckets']
+      # `clusters` has one, as it trains no weights: it is refused where no layer has centres.
+      if self.nuql_opt_mode == 'both':
+        names.append('nuql_opt_mode')
+      quantization.check_float_weights(self, 'nuql', names)
 
     def quantization(self):
       """Returns the `NonUniformConfig` of a layer."""

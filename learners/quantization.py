@@ -58,6 +58,35 @@ def check_buckets(config, prefix):
     )
 
 
+def has_float_weights(config, prefix):
+  """Returns whether all weights stay float: neither a list nor a search gives any of them bits."""
+  return (
+    getattr(config, f'{prefix}_weight_bits') == FLOAT_BITS
+    and getattr(config, f'{prefix}_weight_bits_list') is None
+    and not config.searches
+  )
+
+
+def check_float_weights(config, prefix, names):
+  """Raises a UserError for a flag of quantized weights where there are none.
+
+  Args:
+    config: dataclass with <prefix>_weight_bits and <prefix>_weight_bits_list that says whether it
+      `searches`.
+    prefix: of the flags' names, such as 'uql'.
+    names: of those flags.
+  """
+  if not has_float_weights(config, prefix):
+    return
+  for name in names:
+    value = getattr(config, name)
+    if value != type(config).__dataclass_fields__[name].default:
+      raise UserError(
+        f'--{name} has no effect with --{prefix}_weight_bits={FLOAT_BITS}. '
+        f'Received: --{name}={value}.'
+      )
+
+
 def granularity(config, prefix):
   """Returns which weights belong together, as a `QuantizationConfig` has it."""
   if not getattr(config, f'{prefix}_use_buckets'):

@@ -84,14 +84,10 @@ class UniformLearner(BitAllotting):
       quantization.check_device(self, 'uql')
       bit_flags.check(self, 'uql')
 
-      float_weights = (
-        self.uql_weight_bits == FLOAT_BITS
-        and self.uql_weight_bits_list is None
-        and not self.searches
-      )
+      names = ('uql_weight_range', 'uql_fold_bn', 'uql_use_buckets')
+      quantization.check_float_weights(self, 'uql', names)
+      float_weights = quantization.has_float_weights(self, 'uql')
       for name, has_effect, without in (
-        ('uql_weight_range', not float_weights, f'--uql_weight_bits={FLOAT_BITS}'),
-        ('uql_fold_bn', not float_weights, f'--uql_weight_bits={FLOAT_BITS}'),
         (
           'uql_activation_range',
           self.uql_activation_bits != FLOAT_BITS,

@@ -7,6 +7,7 @@ import pytest
 from keras import layers, ops
 
 from pocketsize.channel_graph import ChannelGraph
+from pocketsize.errors import UserError
 from pocketsize.instrument import instrument, strip
 from pocketsize.pruning import filters
 from pocketsize.shrink import mask, shrink
@@ -145,6 +146,28 @@ def test_unknown_sizes():
   keep = channels.half(ChannelGraph(model))
   x = np.random.default_rng(0).normal(size=(1, 96, 96, 3)).astype('float32')
   np.testing.assert_allclose(mask(model, keep)(x), shrink(model, keep)(x), rtol=1e-5, atol=1e-5)
+
+
+def deep(depth):
+  """A net without padding that halves its input `depth` times and drops constants on the way."""
+  x = inputs = keras.Input((None, None, 3))
+  for number in range(depth):
+    x = layers.Conv2D(4, 3, activation='sigmoid', name=f'conv{number}')(x)
+    x = layers.MaxPooling2D()(x)
+  return channels.randomized(keras.Model(inputs, head(x)))
+
+
+def test_constants_of_unknown_sizes_are_seen_in_an_input_that_is_large_enough():
+  model = deep(5)
+  keep = channels.half(ChannelGraph(model))
+  x = np.random.default_rng(0).normal(size=(1, 128, 128, 3)).astype('float32')
+  np.testing.assert_allclose(mask(model, keep)(x), shrink(model, keep)(x), rtol=1e-5, atol=1e-5)
+
+
+def test_sizes_must_be_fixed_where_no_input_is_large_enough():
+  model = deep(9)
+  with pytest.raises(UserError, match="give the model's inputs fixed sizes. Received: .*None, 3"):
+    shrink(model, channels.half(ChannelGraph(model)))
 
 
 def test_a_sum_over_an_unknown_length_freezes_a_constant():

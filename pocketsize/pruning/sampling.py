@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from pocketsize.pruning.batches import in_order
 from pocketsize.pruning.gram import Problem, output_places
 from pocketsize.pruning.units import CONVOLUTIONS
 
@@ -44,7 +45,7 @@ class Sampling:
 
     Args:
       paths: in the same order on all workers, which sum them one after the other.
-      batches: list of input batches.
+      batches: list of input batches, as the model takes them.
       total: sums an array over the workers, each of which has samples of its own.
     """
     problems = {path: Problem(self._graph.layers[path]) for path in paths}
@@ -56,8 +57,7 @@ class Sampling:
           problems[node.path].add(args[0], args[0], places)
         return args[0] if node.is_input else node.operation(*args, **kwargs)
 
-      arrays = batch if isinstance(batch, list | tuple) else [batch]
-      self._graph.run(arrays, call, training=False)
+      self._graph.run(in_order(self._graph.model, batch), call, training=False)
     for problem in problems.values():
       problem.reduce(total)
     return problems

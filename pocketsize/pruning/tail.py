@@ -5,6 +5,7 @@ import numpy as np
 import tensorflow as tf
 
 from pocketsize.calls import with_preactivation
+from pocketsize.pruning.batches import in_order
 
 
 def channel_scores(gradient):
@@ -31,8 +32,7 @@ def kernel_gradients(graph, paths, loss):
     return value, tape.gradient(value, kernels)
 
   def gradients(inputs, labels):
-    arrays = inputs if isinstance(inputs, list | tuple) else [inputs]
-    arrays = [tf.convert_to_tensor(array) for array in arrays]
+    arrays = [tf.convert_to_tensor(array) for array in in_order(graph.model, inputs)]
     return compute(arrays, tf.convert_to_tensor(labels))
 
   return gradients

@@ -5,6 +5,7 @@ import time
 import numpy as np
 
 from pocketsize import fused_bn
+from pocketsize.pruning.batches import in_order
 
 
 class Walk:
@@ -19,7 +20,8 @@ class Walk:
 
   Args:
     original, current: `Graph`s of two models with the same layers, float inputs in both.
-    batches: list of input batches: arrays [batch, ...], or lists of them for several inputs.
+    batches: list of input batches, as the models take them: arrays [batch, ...], or lists or dicts
+      of them for several inputs.
     memory: bytes for kept tensors; the inputs themselves do not count.
 
   Attributes:
@@ -33,7 +35,7 @@ class Walk:
     self.seconds = 0.0
     self._kept = []
     for batch in batches:
-      arrays = batch if isinstance(batch, list | tuple) else [batch]
+      arrays = in_order(original.model, batch)
       self._kept.append([dict(zip(graph.inputs, arrays, strict=True)) for graph in self.graphs])
     # Of each batch's kept tensors; who reads only some of the batches leaves the others behind.
     self._places = [0] * len(self._kept)
