@@ -4,6 +4,7 @@ import functools
 import json
 import time
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -83,7 +84,7 @@ class Results:
       packed.write(model, self._packed)
     seconds['export'] = round(time.monotonic() - exports, 2)
     result = self._measure(float_model, model, files, seconds, began, command)
-    write_json(self.folder / 'report.json', result)
+    write_json(self.folder / 'report.json', _valid(result))
     report.show(result)
     return result
 
@@ -159,7 +160,10 @@ class Results:
     ).as_numpy_iterator()
 
   def _evaluate(self, model):
-    """Returns (metrics, [samples, ...] outputs) of a model on the evaluation split."""
+    """Returns (metrics, outputs) of a model on the evaluation split.
+
+    Outputs are an array [samples, ...]; for several a list of them.
+    """
     evaluator = self.helper.evaluator()
     specs = [tf.TensorSpec((None, *x.shape[1:]), x.dtype) for x in model.source.inputs]
     predict = tf.function(
@@ -169,6 +173,14 @@ class Results:
     )
     kept = []
     for x, y in self._batches():
-      kept.append(predict(x).numpy())
-      evaluator.update(y, kept[-1])
-    return evaluator.result(), np.concatenate(kept)
+      outputs = predict(*(x if isinstance(x, tuple) else (x,)))
+      outputs = [tensor.numpy() for tensor in keras.tree.flatten(outputs)]
+      evaluator.update(y, outputs[0] if len(outputs) == 1 else outputs)
+      kept.append(outputs)
+    outputs = [np.concatenate(batches) for batches in zip(*kept, strict=True)]
+    return evaluator.result(), outputs[0] if len(outputs) == 1 else outputs
+
+
+def _valid(report):
+  """Returns a report with strings for the numbers that JSON has not: 'NaN', 'Infinity'."""
+  return json.loads(json.dumps(report), parse_constant=str)

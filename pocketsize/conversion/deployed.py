@@ -3,6 +3,8 @@
 All of it is read once, as arrays and numbers, before anything is converted.
 """
 
+import math
+
 import keras
 
 from pocketsize import folding, targets
@@ -52,9 +54,10 @@ class Deployed:
     self.has_activations = any(self._ranges.values())
     self._batch_norms = folding.foldable(self.graph, self._separates)
     self.folded = set(self._batch_norms.values())
+    self._used = _used(self.graph)
     self.weights = {
       node: self._fixed_weights(node)
-      for node in self.graph.nodes
+      for node in self._used
       if targets.weight_points(node.operation)
     }
     self.depthwise = self._depthwise_nodes() if self.has_activations else {}
@@ -91,6 +94,14 @@ class Deployed:
       return None
     low_high = self._range_at(node, 'input')
     return low_high or (self._range_of(node.inputs[0]) if node.inputs else None)
+
+  def is_rounded_behind(self, node):
+    """Returns whether all that read what `node` computes, batch norm folded in, read 8 bits."""
+    node = self._batch_norms.get(node, node)
+    if self._range_at(node):
+      return True
+    readers = [reader for tensor in node.outputs for reader in self.graph.consumers(tensor)]
+    return bool(readers) and all(self._range_at(reader, 'input') for reader in readers)
 
   def _range_of(self, tensor):
     """Returns the (low, high) of an 8-bit activation, perhaps moved or joined, or None."""
@@ -170,23 +181,32 @@ class Deployed:
         self._weight(node, point),
         transforms if self.quantized else (),
         factor if last else None,
-        bias.ravel() if last and bias is not None else None,
+        bias if last and self._is_by_channel(node, point, bias) else None,
         self._input_step(node),
       )
       axes = targets.channel_axes(layer, point)
-      mapping.append((getattr(layer, point), self._constant(kernel, axes)))
+      mapping.append((getattr(layer, point), self._constant(node, kernel, axes)))
     return mapping, bias if layer.bias is None else None
 
-  def _constant(self, kernel, axes):
+  @staticmethod
+  def _is_by_channel(node, point, bias):
+    """Returns whether a bias, or None, has a value for each output channel.
+
+    That of an EinsumDense layer may cover other axes: it is then added behind the kernel.
+    """
+    layer = node.operation
+    axes, shape = targets.channel_axes(layer, point), getattr(layer, point).shape
+    return bias is not None and bias.shape == (math.prod(shape[axis] for axis in axes),)
+
+  def _constant(self, node, kernel, axes):
     """Returns what to compute with: the kernel, or a stand-in. `axes` count output channels."""
     if not self.quantized:
       return kernel.values
     if kernel.note:
       self._note(kernel.note, kernel.path)
     self.kernels.append(kernel)
-    self.stand_ins.append(
-      kernels.stand_in(kernel, [axis % kernel.values.ndim for axis in axes], seed=len(self.kernels))
-    )
+    axes = [axis % kernel.values.ndim for axis in axes]
+    self.stand_ins.append(kernels.stand_in(kernel, axes, len(self.kernels), self._input_step(node)))
     return self.stand_ins[-1]
 
   def _depthwise_nodes(self):
@@ -197,7 +217,7 @@ class Deployed:
     where windows reach beyond the image, the change to the learned step after it.
     """
     found = {}
-    for node in self.graph.nodes:
+    for node in self._used:
       layer, shape = node.operation, self.graph.shape(node.inputs[0]) if node.inputs else ()
       if integer.is_image_batch_norm(layer, len(shape)) and node not in self.folded:
         factor, offset = self._batch_norm_factors(node)
@@ -207,7 +227,7 @@ class Deployed:
         kernel = kernels.averaging_kernel(node.path, size, shape[-1])
       else:
         continue
-      found[node] = self._constant(kernel, axes=(-2, -1)), kernel.bias
+      found[node] = self._constant(node, kernel, axes=(-2, -1)), kernel.bias
     return found
 
   def _input_step(self, node):
@@ -218,6 +238,19 @@ class Deployed:
   def _range_at(self, node, point='output'):
     ranges = [self.range(transform) for transform in self.transforms(node.path, point)]
     return next((low_high for low_high in reversed(ranges) if low_high), None)
+
+
+def _used(graph):
+  """Returns the nodes, in order, that an output depends on: converters drop the others.
+
+  A nested model may have outputs that the model around it does not read.
+  """
+  numbers, used = set(graph.outputs), []
+  for node in reversed(graph.nodes):
+    if numbers.intersection(node.outputs):
+      numbers.update(node.inputs)
+      used.append(node)
+  return used[::-1]
 
 
 def _transformed_weights(model):

@@ -42,6 +42,18 @@ def require(module, purpose):
     ) from error
 
 
+class Folded(Exception):
+  """A converter folded other operations into kernels, or kernels into other constants.
+
+  Attributes:
+    paths: of the layers.
+  """
+
+  def __init__(self, paths):
+    self.paths = list(dict.fromkeys(paths))
+    super().__init__(f'Kernels of {", ".join(map(repr, self.paths))} were folded.')
+
+
 def conversion_error(name, error):
   """Returns a UserError for what a converter refused.
 

@@ -6,7 +6,7 @@ import pathlib
 from typing import NamedTuple
 
 from pocketsize.conversion import onnx, openvino, tflite
-from pocketsize.conversion.errors import require
+from pocketsize.conversion.errors import Folded, require
 from pocketsize.conversion.lowering import Lowered
 from pocketsize.errors import UserError
 from pocketsize.files import atomic_path
@@ -120,6 +120,7 @@ def export(model, folder, formats=None, name='model', track=iter, tflite_int4=Fa
 
   Float formats compute with the kernels as deployed and float activations, int8 formats with what
   the quantizers learned; no data is used. Binary activations are in both, as float operations.
+  Models of mixed precision are computed in float32.
 
   Args:
     model: `Instrumented`, or a Functional or Sequential model.
@@ -136,7 +137,7 @@ def export(model, folder, formats=None, name='model', track=iter, tflite_int4=Fa
 
   Raises:
     UserError: an unknown format, an int8 format of a model without quantizers, a missing package,
-      or an operation that a converter refuses.
+      an operation that a converter refuses, or one that it folds with a kernel whatever is between.
   """
   formats = _known(model, formats)
   lowered = {
@@ -148,22 +149,36 @@ def export(model, folder, formats=None, name='model', track=iter, tflite_int4=Fa
     kind = _FORMATS[format_]
     path = pathlib.Path(folder, name + kind.suffix)
     int4 = tflite_int4 or kind.writer is not tflite.convert
-    packed = _write(kind.writer, lowered[kind.quantized], path, int4)
+    packed = _write(kind, lowered[kind.quantized], path, int4)
     files.append(ExportedFile(format_, path, _note(lowered[kind.quantized], packed)))
   return files
 
 
-def _write(writer, lowered, path, int4):
+def _write(kind, lowered, path, int4):
   """Writes a file and returns the list of kernels that it stores in 4 bits."""
   with atomic_path(path) as temporary:
     try:
-      packed = writer(lowered, temporary, int4)
+      packed = _convert(kind, lowered, temporary, int4)
       # OpenVINO writes its weights beside the .xml.
       if temporary.with_suffix('.bin').exists():
         os.replace(temporary.with_suffix('.bin'), path.with_suffix('.bin'))
     finally:
       temporary.with_suffix('.bin').unlink(missing_ok=True)
   return packed
+
+
+def _convert(kind, lowered, path, int4):
+  """Writes a file, with operations between what its converter would fold into one."""
+  while True:
+    try:
+      return kind.writer(lowered, path, int4)
+    except Folded as folded:
+      lowered = lowered.separated(folded.paths)
+      if lowered is None:
+        raise UserError(
+          f'The converter of *{kind.suffix} folds kernels into other operations, of which an int8 '
+          f'file would be wrong; float formats hold them. Received: {", ".join(folded.paths)}.'
+        ) from folded
 
 
 def _note(lowered, packed):

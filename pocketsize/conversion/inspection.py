@@ -150,9 +150,7 @@ def _onnx(path):
 
 
 def _openvino(path):
-  shapes = [
-    tuple(1 if size is None else size for size in shape) for shape in open_file(path).shapes
-  ]
+  shapes = [(1, *shape[1:]) for shape in open_file(path).shapes]
   found = []
   for node in compile_openvino(path, 1, shapes).get_runtime_model().get_ops():
     kind, primitive, layers, precision = (

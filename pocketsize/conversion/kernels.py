@@ -14,6 +14,10 @@ from pocketsize.quantization.kernel_quantizer import KernelQuantizer
 
 # Runtimes hold a bias as int32 multiples of (input step * weight step).
 _BIAS_CODES = 2.0**30
+# What stand-ins are multiplied by. Where a layer reads floats, a bias that a converter computed
+# with one is larger than any that was trained; where it reads 8 bits, its bias keeps its digits.
+_FLOAT_SIZE, _INTEGER_SIZE = 2.0**60, 2.0**-10
+_TRAINED_BIAS = 2.0**40
 # The smallest step: its products with an activation's step are still normal float32 numbers.
 _LEAST_STEP = 1e-30
 
@@ -161,7 +165,7 @@ def _spread(vector, axes, shape):
   return np.reshape(vector, [size if axis in axes else 1 for axis, size in enumerate(shape)])
 
 
-def stand_in(kernel, axes, seed):
+def stand_in(kernel, axes, seed, input_step=None):
   """Returns random float32 values to put in a kernel's place.
 
   They lead to the constant in a converted file, whatever layout it has there. They are integers
@@ -172,13 +176,37 @@ def stand_in(kernel, axes, seed):
     kernel: a `Kernel`.
     axes: of the output channels.
     seed: different for every kernel.
+    input_step: the step of the 8-bit activation that the layer reads, or None where it is float.
   """
   shape = kernel.values.shape
   rng = np.random.default_rng(seed)
   codes = rng.integers(-127, 128, shape)
   codes[tuple(slice(None) if axis in axes else 0 for axis in range(len(shape)))] = 127
   steps = rng.uniform(0.5, 1.0, [size if axis in axes else 1 for axis, size in enumerate(shape)])
-  return (codes * steps).astype(np.float32)
+  return (codes * steps * _stand_in_size(kernel.bias, input_step)).astype(np.float32)
+
+
+def _stand_in_size(bias, input_step):
+  if not input_step:
+    return _FLOAT_SIZE
+  largest = 0.0 if bias is None else np.abs(bias).max(initial=0.0)
+  return max(_INTEGER_SIZE, 4.0 * largest / (_BIAS_CODES * input_step))
+
+
+def is_own_bias(kernel, stored, step=None):
+  """Returns whether nothing was folded into a bias of a converted file that would be lost or wrong.
+
+  A constant that was added to float outputs is neither.
+
+  Args:
+    kernel: the `Kernel` whose stand-in is beside it.
+    stored: float array, as found in the file.
+    step: positive array or float: `stored` was rounded to its multiples; None if it was not.
+  """
+  if step is None:
+    return bool(np.all(np.abs(stored) < _TRAINED_BIAS))
+  expected = 0.0 if kernel.bias is None else kernel.bias
+  return bool(np.all(np.abs(stored - expected) <= step + 1e-5 * np.abs(expected)))
 
 
 def layout(original, stored):

@@ -5,13 +5,14 @@ quantizers, or operations where those do not fit (binary activations), and every
 training put in is baked into the kernels.
 """
 
+import copy
 import functools
 
 import keras
 import tensorflow as tf
 
 from pocketsize.calls import call_with_weights, with_preactivation
-from pocketsize.conversion import integer
+from pocketsize.conversion import integer, precision
 from pocketsize.conversion.deployed import Deployed
 from pocketsize.graph import functional
 from pocketsize.instrument import Instrumented
@@ -53,19 +54,49 @@ class Lowered:
     )
     symbols = functional(model.source if isinstance(model, Instrumented) else model).inputs
     self.signature = [
-      tf.TensorSpec((None, *symbol.shape[1:]), symbol.dtype, name=name)
+      tf.TensorSpec((None, *symbol.shape[1:]), precision.widened(symbol.dtype), name=name)
       for symbol, name in zip(symbols, self.input_names, strict=True)
     ]
-    self.function = tf.function(self._compute, input_signature=self.signature, autograph=False)
+    self._separations = frozenset()
+    self.function = self._traced()
+
+  def _traced(self):
+    return tf.function(self._compute, input_signature=self.signature, autograph=False)
+
+  def separated(self, paths):
+    """Returns the same with an operation, through which no converter folds, beside layers.
+
+    It is before a layer, and behind it, too, if it is before it already; there is none where a fake
+    quantizer separates.
+
+    Args:
+      paths: of the layers.
+
+    Returns:
+      A `Lowered`; None if all the layers are between two already.
+    """
+    points = {
+      (path, 'output' if (path, 'input') in self._separations else 'input') for path in paths
+    }
+    if points <= self._separations:
+      return None
+    other = copy.copy(self)
+    other._separations = self._separations | points
+    other.function = other._traced()
+    return other
 
   def _compute(self, *inputs):
-    return [tf.identity(y) for y in self._graph.run(list(inputs), self._call, training=False)]
+    with precision.in_float32(self._graph.layers.values()):
+      outputs = self._graph.run(list(inputs), self._call, training=False)
+    return [tf.identity(y) for y in outputs]
 
   def _call(self, node, args, kwargs):
     deployed = self._deployed
     with tf.name_scope(SCOPE + node.path.replace('/', '.')):
       for transform in deployed.transforms(node.path, 'input'):
         args = (self._transformed(transform, args[0]), *args[1:])
+      if (node.path, 'input') in self._separations and not deployed.input_range(node):
+        args = (_separate(args[0]), *args[1:])
       if node.is_input or node in deployed.folded:
         outputs = args[0]
       elif node in deployed.weights:
@@ -82,6 +113,8 @@ class Lowered:
         outputs = call_with_weights(node.operation, weights, args, kwargs)
       else:
         outputs = node.operation(*args, **kwargs)
+      if (node.path, 'output') in self._separations and not deployed.is_rounded_behind(node):
+        outputs = _separate(outputs)
       for transform in deployed.transforms(node.path, 'output'):
         outputs = self._transformed(transform, outputs)
     return outputs
@@ -118,6 +151,11 @@ class Lowered:
       return transform(x, training=False)
     low_high = self._deployed.range(transform)
     return integer.fake_quantize(x, low_high) if low_high else x
+
+
+def _separate(x):
+  """Returns x, by an operation that no converter removes or folds through."""
+  return tf.minimum(x, tf.constant(float('inf'), x.dtype))
 
 
 def _distinct(paths):

@@ -6,8 +6,9 @@ get their int8 values, scales and int32 biases here.
 """
 
 import logging
+import types
 
-from pocketsize.conversion.errors import conversion_error, require
+from pocketsize.conversion.errors import Folded, conversion_error, require
 from pocketsize.conversion.onnx_graph import OnnxGraph
 from pocketsize.conversion.onnx_int4 import with_int4
 
@@ -30,6 +31,7 @@ def convert(lowered, path, int4=True, pairs_joins=True):
     The list of kernels whose codes are stored in 4 bits.
 
   Raises:
+    Folded: kernels that the file has not as they were.
     UserError: a package is missing, or tf2onnx refuses an operation.
   """
   onnx = require('onnx', 'to write ONNX files')
@@ -37,8 +39,13 @@ def convert(lowered, path, int4=True, pairs_joins=True):
   graph = OnnxGraph(onnx, model)
   graph.rename(lowered.input_names, lowered.output_names)
   graph.merge_dense()
-  for kernel, stand_in in zip(lowered.kernels, lowered.stand_ins, strict=True):
-    graph.place(kernel, stand_in)
+  folded = [
+    kernel.path
+    for kernel, stand_in in zip(lowered.kernels, lowered.stand_ins, strict=True)
+    if not graph.place(kernel, stand_in)
+  ]
+  if folded:
+    raise Folded(folded)
   if lowered.has_activations:
     graph.pair_moves(pairs_joins)
     graph.quantize_biases()
@@ -59,8 +66,26 @@ def _convert(lowered):
   level = logger.level
   try:
     logger.setLevel(logging.CRITICAL)
-    return tf2onnx.convert.from_function(lowered.function, lowered.signature, opset=_OPSET)[0]
+    function = _without_captures(lowered.function)
+    return tf2onnx.convert.from_function(function, lowered.signature, opset=_OPSET)[0]
   except Exception as error:
     raise conversion_error('ONNX', error) from error
   finally:
     logger.setLevel(level)
+
+
+def _without_captures(function):
+  """Returns what `tf2onnx` takes for `function`, with constants for the tensors that it captured.
+
+  tf2onnx would make inputs of them; Keras' Normalization has such tensors.
+  """
+  import tensorflow as tf
+  from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
+
+  concrete = function.get_concrete_function()
+  if all(tensor.dtype == tf.resource for tensor in concrete.captured_inputs):
+    return function
+  frozen = convert_variables_to_constants_v2(
+    concrete, lower_control_flow=False, aggressive_inlining=True
+  )
+  return types.SimpleNamespace(get_concrete_function=lambda *signature: frozen)

@@ -115,7 +115,11 @@ class OnnxGraph:
     }
 
   def place(self, kernel, stand_in):
-    """Puts a `Kernel` in the place of its stand-in, a float32 array in Keras' layout."""
+    """Puts a `Kernel` in the place of its stand-in, a float32 array in Keras' layout.
+
+    Returns:
+      Whether the graph has the stand-in.
+    """
     for constant in self._graph.initializer:
       if (
         constant.data_type != self._onnx.TensorProto.FLOAT
@@ -125,8 +129,8 @@ class OnnxGraph:
       order = layout(stand_in, self._onnx.numpy_helper.to_array(constant))
       if order is not None:
         self._set(constant, kernel, order)
-        return
-    raise RuntimeError(f'tf2onnx changed the kernel of {kernel.path!r} beyond recognition.')
+        return True
+    return False
 
   def _set(self, constant, kernel, order):
     name, shape = constant.name, tuple(constant.dims)

@@ -27,6 +27,7 @@ def convert(lowered, path, int4=True):
     The list of kernels that are.
 
   Raises:
+    Folded: kernels that the file has not as they were.
     UserError: a package is missing, or a converter refuses an operation.
     OSError: the files cannot be written.
   """

@@ -12,20 +12,38 @@ class Runner:
   """A loaded file: runner(x, ...) takes arrays [batch, ...] and returns the list of output arrays.
 
   Attributes:
-    shapes: of the inputs; the batch is None.
+    shapes: of the inputs; the batch, and sizes that may differ from call to call, are None.
+    dtypes: of the inputs, NumPy's.
   """
 
-  def __init__(self, call, shapes):
+  def __init__(self, call, shapes, dtypes):
     self._call = call
-    self.shapes = [(None, *shape[1:]) for shape in shapes]
+    self.shapes = [
+      (None, *(size if isinstance(size, int) and size >= 0 else None for size in shape[1:]))
+      for shape in shapes
+    ]
+    self.dtypes = [np.dtype(dtype) for dtype in dtypes]
 
   def __call__(self, *arrays):
-    if [array.shape[1:] for array in arrays] != [shape[1:] for shape in self.shapes]:
+    if len(arrays) != len(self.shapes) or not all(map(_fits, arrays, self.shapes)):
       raise UserError(
         f'The file takes arrays of shapes {self.shapes}. '
         f'Received: {[array.shape for array in arrays]}.'
       )
-    return self._call(*[np.ascontiguousarray(array) for array in arrays])
+    # Any floats for floats and any integers for integers, as Keras takes them.
+    for array, dtype in zip(arrays, self.dtypes, strict=True):
+      if not np.can_cast(array.dtype, dtype, 'same_kind'):
+        raise UserError(
+          f'The file takes arrays of {", ".join(map(str, self.dtypes))}. '
+          f'Received: {", ".join(str(array.dtype) for array in arrays)}.'
+        )
+    return self._call(*map(np.ascontiguousarray, arrays, self.dtypes))
+
+
+def _fits(array, shape):
+  return array.ndim == len(shape) and all(
+    size in (None, given) for size, given in zip(shape, array.shape, strict=True)
+  )
 
 
 def open_file(path, threads=1):
@@ -72,7 +90,15 @@ def _open_tflite(path, threads):
     interpreter.invoke()
     return [interpreter.get_tensor(detail['index']) for detail in outputs]
 
-  return Runner(run, [tuple(map(int, detail['shape'])) for detail in inputs])
+  return Runner(
+    run,
+    [detail['shape_signature'].tolist() for detail in inputs],
+    [detail['dtype'] for detail in inputs],
+  )
+
+
+# Where ONNX Runtime's names are not NumPy's.
+_ONNX_DTYPES = {'tensor(float)': 'float32', 'tensor(double)': 'float64'}
 
 
 def _open_onnx(path, threads):
@@ -85,7 +111,8 @@ def _open_onnx(path, threads):
     lambda *arrays: session.run(
       None, {value.name: array for value, array in zip(inputs, arrays, strict=True)}
     ),
-    [tuple(value.shape) for value in inputs],
+    [value.shape for value in inputs],
+    [_ONNX_DTYPES.get(value.type, value.type[len('tensor(') : -1]) for value in inputs],
   )
 
 
@@ -117,11 +144,10 @@ def _open_openvino(path, threads):
   return Runner(
     run,
     [
-      tuple(
-        dimension.get_length() if dimension.is_static else None for dimension in value.partial_shape
-      )
+      [size.get_length() if size.is_static else None for size in value.partial_shape]
       for value in model.inputs
     ],
+    [value.get_element_type().to_dtype() for value in model.inputs],
   )
 
 
@@ -130,12 +156,13 @@ def compile_openvino(path, threads, shapes):
 
   Args:
     path, threads: as in `open_file`.
-    shapes: of the inputs, batch included.
+    shapes: of the inputs, batch included; a size may be None.
   """
   openvino = require('openvino', 'to run OpenVINO files')
   core = openvino.Core()
   model = core.read_model(str(path))
-  model.reshape({value: list(shape) for value, shape in zip(model.inputs, shapes, strict=True)})
+  shapes = [[-1 if size is None else size for size in shape] for shape in shapes]
+  model.reshape(dict(zip(model.inputs, map(openvino.PartialShape, shapes), strict=True)))
   return core.compile_model(
     model,
     'CPU',

@@ -2,14 +2,15 @@
 
 The converter makes int8 from the fake quantizers on activations; no representative data is used.
 Kernels reach it as stand-ins (see `kernels.stand_in`), because it refuses per-channel fake
-quantizers on some of them and rounds others to a grid of its own.
+quantizers on some of them and rounds others to a grid of its own. Where nothing separates them it
+folds constants into kernels, and kernels into biases: with stand-ins such a file would be wrong.
 """
 
 import logging
 import warnings
 
 from pocketsize.conversion import kernels
-from pocketsize.conversion.errors import conversion_error
+from pocketsize.conversion.errors import Folded, conversion_error
 from pocketsize.conversion.tflite_graph import TfliteGraph
 
 
@@ -25,6 +26,7 @@ def convert(lowered, path, int4=False):
     The list of kernels that are.
 
   Raises:
+    Folded: kernels that the file has not as they were.
     UserError: the converter refuses an operation.
   """
   import tensorflow as tf
@@ -46,9 +48,17 @@ def convert(lowered, path, int4=False):
   finally:
     absl_logger.setLevel(level)
   graph = TfliteGraph(content)
+  places = [
+    _find(graph, kernel, stand_in)
+    for kernel, stand_in in zip(lowered.kernels, lowered.stand_ins, strict=True)
+  ]
+  if None in places:
+    raise Folded(
+      kernel.path for kernel, place in zip(lowered.kernels, places, strict=True) if place is None
+    )
   packed = []
-  for kernel, stand_in in zip(lowered.kernels, lowered.stand_ins, strict=True):
-    tensor = _place(graph, kernel, stand_in)
+  for kernel, (tensor, order) in zip(lowered.kernels, places, strict=True):
+    _place(graph, kernel, tensor, order)
     if int4 and kernel.fits_int4 and graph.store_int4(tensor):
       packed.append(kernel)
   graph.rename(lowered.input_names, lowered.output_names)
@@ -56,28 +66,28 @@ def convert(lowered, path, int4=False):
   return packed
 
 
-def _place(graph, kernel, stand_in):
-  """Puts `kernel` in the place of its stand-in and returns its tensor."""
-  tensor, order = _find(graph, kernel.path, stand_in)
+def _place(graph, kernel, tensor, order):
+  """Puts `kernel` in the place of its stand-in."""
   if kernel.codes is None:
     values = kernel.values.transpose(order)
     if graph.is_int8(tensor):
       graph.make_float(tensor, values, kernel.bias)
     else:
       graph.set_float(tensor, values)
-    return tensor
+    return
   is_integer = graph.is_int8(tensor)
   graph.set_int8(tensor, kernel.codes.transpose(order), kernel.scale.transpose(order))
   if is_integer:
     graph.set_bias(tensor, kernel.bias)
   else:
     graph.dequantize(tensor)
-  return tensor
 
 
-def _find(graph, path, stand_in):
+def _find(graph, kernel, stand_in):
+  """Returns (tensor, order of axes) of a stand-in; None if it or a bias beside it was folded."""
   for tensor, stored in graph.constants():
     order = kernels.layout(stand_in, stored)
     if order is not None:
-      return tensor, order
-  raise RuntimeError(f'The TFLite converter changed the kernel of {path!r} beyond recognition.')
+      own = all(kernels.is_own_bias(kernel, *bias) for bias in graph.biases(tensor))
+      return (tensor, order) if own else None
+  return None

@@ -139,13 +139,31 @@ class TfliteGraph:
       if number >= 0 and self._graph.tensors[number].type == _INT32
     ]
 
+  def biases(self, tensor):
+    """Yields (values, step or None) of the biases that operators read beside kernel `tensor`."""
+    for op in self._readers(tensor):
+      for number in op.inputs[list(op.inputs).index(tensor) + 1 :]:
+        stored = self._graph.tensors[number]
+        data = self._model.buffers[stored.buffer].data
+        if number < 0 or data is None or not len(data):
+          continue
+        if stored.type == _FLOAT32:
+          yield np.asarray(data).view(np.float32), None
+        elif stored.type == _INT32:
+          step = np.asarray(stored.quantization.scale, np.float64)
+          yield np.asarray(data).view(np.int32) * step, step
+
   def dequantize(self, tensor):
     """Puts a DEQUANTIZE between an int8 constant and the operators that read it."""
     output = self._add_tensor(tensor, '_float')
-    readers = [index for index, op in enumerate(self._graph.operators) if tensor in op.inputs]
-    for index in readers:
-      self._replace(self._graph.operators[index], 'inputs', tensor, output)
-    self._insert(readers[0], _DEQUANTIZE, tensor, output)
+    readers = self._readers(tensor)
+    first = self._graph.operators.index(readers[0])
+    for op in readers:
+      self._replace(op, 'inputs', tensor, output)
+    self._insert(first, _DEQUANTIZE, tensor, output)
+    for op in readers:
+      # The converter leaves a dense layer on more than [batch, features] such inputs.
+      self._dequantize_inputs(op)
 
   def make_float(self, tensor, values, bias):
     """Lets the operators that read kernel `tensor`, made int8 by the converter, compute in float.
@@ -161,14 +179,17 @@ class TfliteGraph:
         self.set_float(
           number, np.zeros(self._graph.tensors[number].shape) if bias is None else bias
         )
-      for number in [number for number in op.inputs if number >= 0 and self.is_int8(number)]:
-        output = self._add_tensor(number, '_float')
-        self._replace(op, 'inputs', number, output)
-        self._insert(self._graph.operators.index(op), _DEQUANTIZE, number, output)
+      self._dequantize_inputs(op)
       number = op.outputs[0]
       source = self._add_tensor(number, '_float')
       self._replace(op, 'outputs', number, source)
       self._insert(self._graph.operators.index(op) + 1, _QUANTIZE, source, number)
+
+  def _dequantize_inputs(self, op):
+    for number in [number for number in op.inputs if number >= 0 and self.is_int8(number)]:
+      output = self._add_tensor(number, '_float')
+      self._replace(op, 'inputs', number, output)
+      self._insert(self._graph.operators.index(op), _DEQUANTIZE, number, output)
 
   def _add_tensor(self, like, suffix):
     tensor = copy.copy(self._graph.tensors[like])

@@ -1,9 +1,11 @@
 """Files are believed only after they ran: accuracy, difference from Keras, operations, latency."""
 
 import gzip
+import itertools
 import pathlib
 import time
 
+import keras
 import numpy as np
 
 from pocketsize.conversion import processor
@@ -23,7 +25,7 @@ def verify(file, batches, reference, evaluator, latency_rounds=30):
   Args:
     file: an `ExportedFile`.
     batches: iterable of NumPy (x, y).
-    reference: [samples, ...] outputs of Keras.
+    reference: [samples, ...] outputs of Keras, an array; for several outputs a list of them.
     evaluator: see `verify_files`.
     latency_rounds: see `latency`.
 
@@ -42,22 +44,23 @@ def verify_files(files, batches, references, evaluator, latency_rounds=30, track
     files: `ExportedFile`s.
     batches: function without arguments; each call gives the same NumPy (x, y) anew. x is an array
       [batch, ...], or a tuple of them for several inputs.
-    references: {whether quantized: [samples, ...] outputs of Keras for these samples, in order}.
-    evaluator: has reset(), update(y, outputs), result().
+    references: {whether quantized: [samples, ...] outputs of Keras for these samples, in order, an
+      array; for several outputs a list of them}.
+    evaluator: has reset(), update(y, outputs), result(). For several outputs it gets the list.
     latency_rounds: see `latency`.
     track: `track(files)` gives the files one by one; it may show progress.
 
   Returns:
     A list of dicts: format, path, bytes (of all its parts), gzip_bytes, metrics, latency_ms (one
-    thread, batch 1, measured in turn with the others), max_abs_diff (from Keras), int8_ops,
-    float_ops, note.
+    thread, batch 1, measured in turn with the others), max_abs_diff (from Keras, over all outputs;
+    the same infinity and NaN at the same place differ by 0), int8_ops, float_ops, note.
 
   Raises:
     UserError: a runtime's package is missing, or the samples do not fit.
   """
-  entries = []
+  entries, shapes = [], None
   for file in track(files):
-    metrics, difference = _run(
+    metrics, difference, shapes = _run(
       file.path, batches(), references[file.format in QUANTIZED_FORMATS], evaluator
     )
     int8_ops, float_ops = count_ops(file.path)
@@ -73,14 +76,21 @@ def verify_files(files, batches, references, evaluator, latency_rounds=30, track
         'max_abs_diff': difference,
         'int8_ops': int8_ops,
         'float_ops': float_ops,
-        'note': '; '.join(filter(None, (file.note, processor.note(file.format)))),
+        'note': _note(file, difference),
       }
     )
   for entry, milliseconds in zip(
-    entries, latency([file.path for file in files], latency_rounds), strict=True
+    entries, latency([file.path for file in files], latency_rounds, shapes=shapes), strict=True
   ):
     entry['latency_ms'] = round(milliseconds, 4)
   return entries
+
+
+def _note(file, difference):
+  notes = [file.note, processor.note(file.format)]
+  if not np.isfinite(difference):
+    notes.append('outputs that are not finite differ from those of Keras')
+  return '; '.join(filter(None, notes))
 
 
 def parts(path):
@@ -95,42 +105,64 @@ def size(path):
 
 
 def _run(path, batches, reference, evaluator):
-  """Returns (metrics, largest difference from `reference`) of a file."""
+  """Returns (metrics, largest difference from `reference`, shapes of one sample) of a file."""
   runner = open_file(path)
   evaluator.reset()
-  difference, samples = 0.0, 0
+  several = isinstance(reference, list | tuple | dict)
+  references = keras.tree.flatten(reference) if several else [reference]
+  difference, samples, shapes = 0.0, 0, None
   for x, y in batches:
-    outputs = runner(*(x if isinstance(x, tuple) else (x,)))
-    outputs = outputs[0] if len(outputs) == 1 else outputs
-    evaluator.update(y, outputs)
-    expected = reference[samples : samples + len(y)]
-    if np.shape(expected) != np.shape(outputs):
+    inputs = x if isinstance(x, tuple) else (x,)
+    shapes = shapes or [np.shape(array)[1:] for array in inputs]
+    outputs = runner(*inputs)
+    evaluator.update(y, outputs[0] if len(outputs) == 1 else outputs)
+    count = len(inputs[0])
+    expected = [values[samples : samples + count] for values in references]
+    if [values.shape for values in expected] != [values.shape for values in outputs]:
       raise UserError(
-        f'Argument `reference` must hold the outputs for the same samples. Received: shape '
-        f'{np.shape(reference)}, and {np.shape(outputs)} from {path} at sample {samples}.'
+        'Argument `reference` must hold the outputs for the same samples. Received: shapes '
+        f'{_shapes(references)}, and {_shapes(outputs)} from {path} at sample {samples}.'
       )
-    difference = max(difference, float(np.max(np.abs(outputs - expected), initial=0.0)))
-    samples += len(y)
-  if samples != len(reference):
+    difference = float(np.max([difference, *map(_difference, outputs, expected)]))
+    samples += count
+  if any(samples != len(values) for values in references):
     raise UserError(
       'Argument `reference` must hold the outputs for the same samples. Received: '
-      f'{len(reference)} outputs, {samples} samples.'
+      f'{len(references[0])} outputs, {samples} samples.'
     )
-  return evaluator.result(), difference
+  return evaluator.result(), difference, shapes
 
 
-def latency(paths, rounds=30, threads=1):
+def _shapes(arrays):
+  return ', '.join(str(np.shape(array)) for array in arrays)
+
+
+def _difference(outputs, expected):
+  """Returns the largest absolute difference of two arrays; NaN where only one of them has it."""
+  equal = (outputs == expected) | (np.isnan(outputs) & np.isnan(expected))
+  with np.errstate(invalid='ignore'):
+    # Booleans do not subtract.
+    dtype = np.result_type(outputs, expected, np.float32)
+    differences = np.abs(np.subtract(outputs, expected, dtype=dtype))
+  return np.max(differences, where=~equal, initial=0.0)
+
+
+def latency(paths, rounds=30, threads=1, shapes=None):
   """Measures several files in turn, so that their ratios hold on a busy machine too.
 
   Args:
     paths: exported files.
     rounds: each calls every file in a burst of 10 after one call to warm up, in rotating order.
     threads: of each runtime.
+    shapes: of one sample of each input, for files whose inputs may have several sizes.
 
   Returns:
     List of the median latencies at batch 1, in ms, in the order of `paths`.
+
+  Raises:
+    UserError: `shapes` is None, and a size is not known; or a file cannot be run.
   """
-  return [float(np.median(times)) for times in _bursts(paths, rounds, threads)]
+  return [float(np.median(times)) for times in _bursts(paths, rounds, threads, shapes)]
 
 
 def quickest(paths, rounds=30, threads=1):
@@ -143,14 +175,11 @@ def quickest(paths, rounds=30, threads=1):
   return [float(np.quantile(times, 0.1)) for times in _bursts(paths, rounds, threads)]
 
 
-def _bursts(paths, rounds, threads):
+def _bursts(paths, rounds, threads, shapes=None):
   """Returns a [files, rounds, 10] array of times, in ms."""
   rng = np.random.default_rng(0)
   runners = [path if isinstance(path, Runner) else open_file(path, threads) for path in paths]
-  inputs = [
-    [rng.normal(size=(1, *shape[1:])).astype(np.float32) for shape in runner.shapes]
-    for runner in runners
-  ]
+  inputs = [_random_inputs(runner, shapes, rng) for runner in runners]
   seconds = np.zeros((len(runners), rounds, _BURST))
   for turn in range(rounds):
     for index in np.roll(np.arange(len(runners)), turn):
@@ -160,3 +189,19 @@ def _bursts(paths, rounds, threads):
         runners[index](*inputs[index])
         seconds[index, turn, call] = time.perf_counter() - began
   return 1e3 * seconds
+
+
+def _random_inputs(runner, shapes, rng):
+  """Returns the arrays of one sample: normal numbers; zeros for integers, which may be indices."""
+  shapes = shapes or [shape[1:] for shape in runner.shapes]
+  if None in itertools.chain(*shapes):
+    raise UserError(
+      'Inputs of any size have no latency of their own: give `shapes`, or let `verify` measure it '
+      f'on samples. Received: a file that takes {runner.shapes}.'
+    )
+  return [
+    rng.normal(size=(1, *shape)).astype(dtype)
+    if np.issubdtype(dtype, np.floating)
+    else np.zeros((1, *shape), dtype)
+    for shape, dtype in zip(shapes, runner.dtypes, strict=True)
+  ]

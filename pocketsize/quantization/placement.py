@@ -125,7 +125,7 @@ class _Walk:
     )
 
   def _is_float(self, node):
-    return self._graph.dtype(node.outputs[0]).startswith('float')
+    return 'float' in self._graph.dtype(node.outputs[0])
 
   def _find_writers(self, tensor):
     node = self._graph.producer(tensor)
