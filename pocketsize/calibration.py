@@ -40,7 +40,7 @@ def calibrate(model, batches):
   def observe(transform, x):
     if transform not in found:
       return transform(x)
-    waiting[transform].append(keras.ops.convert_to_numpy(x))
+    waiting[transform].append(keras.ops.convert_to_numpy(keras.ops.cast(x, 'float32')))
     if not transform.is_shareable or len(waiting[transform]) == calls[transform]:
       found[transform].update(_side_by_side(waiting.pop(transform)))
       seen.add(transform)

@@ -32,10 +32,12 @@ class Compressor(abc.ABC):
     skipped: {path: reason} of the layers left alone; filled by `plan`.
     trains_source: whether the weights of the user's model train, or only those of transforms; known
       once `plan` was called.
+    order: the highest `order` of its transforms; known once a stack was planned that it is part of.
   """
 
   Config = None
   trains_source = True
+  order = 0
 
   def __init__(self, rules=()):
     self.rules = tuple(rules)
@@ -75,16 +77,22 @@ class Stack(Compressor):
 
   Args:
     compressors: iterable of `Compressor`.
+
+  Attributes:
+    step: of the last `update`; 0 before the first.
   """
 
   def __init__(self, compressors=()):
     super().__init__()
     self.compressors = list(compressors)
+    self.step = 0
 
   def plan(self, graph):
-    placements = [
-      placement for compressor in self.compressors for placement in compressor.plan(graph)
-    ]
+    placements = []
+    for compressor in self.compressors:
+      planned = compressor.plan(graph)
+      compressor.order = max((placement.transform.order for placement in planned), default=0)
+      placements += planned
     # What one compressor leaves alone and another takes is not left alone; one without rules leaves
     # nothing.
     choosers = [compressor for compressor in self.compressors if compressor.rules]
@@ -106,7 +114,9 @@ class Stack(Compressor):
     model.stack = self
 
   def update(self, step):
-    for compressor in self.compressors:
+    self.step = step
+    # Scales are fitted to what the masks of this step leave.
+    for compressor in sorted(self.compressors, key=lambda compressor: compressor.order):
       compressor.update(step)
 
   def observe(self, node, outputs):
@@ -133,9 +143,13 @@ class Stack(Compressor):
 class CompressionCallback(keras.callbacks.Callback):
   """Calls `stack.update(step)` before every optimizer step of `fit` and after the last.
 
+  It then warns of a compression that is not complete: it comes last in the list of callbacks, so
+  that it sees the weights that others restore.
+
   Args:
     stack: a bound `Stack`.
-    step: the step at which this `fit` begins; None for the optimizer's own count.
+    step: the step at which this `fit` begins; None for the optimizer's own count, or that of the
+      stack's last update if it is higher, as with a new optimizer in a second `compile`.
   """
 
   def __init__(self, stack, step=None):
@@ -150,7 +164,7 @@ class CompressionCallback(keras.callbacks.Callback):
         f'steps_per_execution=1. Received: {self.model.steps_per_execution}.'
       )
     if self.step is None:
-      self.step = int(self.model.optimizer.iterations)
+      self.step = max(int(self.model.optimizer.iterations), self.stack.step)
 
   def on_train_batch_begin(self, batch, logs=None):
     self.stack.update(self.step)
@@ -161,8 +175,9 @@ class CompressionCallback(keras.callbacks.Callback):
     self.stack.update(self.step)
     if self.stack.stage(self.step) is Stage.PARTIAL:
       warnings.warn(
-        f'After {self.step} steps the compression is on its way: its schedule ends later. Train on '
-        'before the model is stripped or exported, or give an earlier end_step.',
+        f'After {self.step} steps the compression is on its way: its schedule ends later, or '
+        'weights of an earlier step were restored. Train on before the model is stripped or '
+        'exported, or give an end_step before the first epoch whose weights may be the best.',
         stacklevel=2,
       )
 

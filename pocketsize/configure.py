@@ -5,7 +5,7 @@ import dataclasses
 from pocketsize import compressor, targets
 from pocketsize.calibration import calibrate, fit_scales
 from pocketsize.errors import UserError
-from pocketsize.graph import Graph
+from pocketsize.graph import Graph, check_copyable
 from pocketsize.instrument import Instrumented, instrument
 
 _TARGET_KEYS = ('algorithm', 'op_types', 'op_names', 'exclude')
@@ -17,7 +17,8 @@ def stack_from(config_list):
   Args:
     config_list: list of dicts. 'algorithm' names a registered compressor; 'op_types', 'op_names'
       and 'exclude' say which layers (see `targets.Rule`); the other keys are fields of the
-      algorithm's configuration. Of the dicts of one algorithm the last that matches a layer wins.
+      algorithm's configuration, and mean nothing beside 'exclude'. Of the dicts of one algorithm
+      the last that matches a layer wins.
 
   Raises:
     UserError: an unknown algorithm or key, a value out of range, no algorithm.
@@ -51,7 +52,9 @@ def _rule(entry, config_type, fields):
     if isinstance(entry.get(key, ()), str):
       raise UserError(f'`{key}` must be a list of texts. Received: {entry[key]!r}.')
   try:
-    config = config_type(**{key: value for key, value in entry.items() if key in fields})
+    given = {key: value for key, value in entry.items() if key in fields}
+    # What is left alone needs none, and some have no defaults.
+    config = None if entry.get('exclude') else config_type(**given)
   except TypeError as error:
     # A comparison with a value of another type.
     raise UserError(
@@ -70,7 +73,8 @@ def attach(model, stack):
   """Returns `model` instrumented with what `stack` plans, and bound to it.
 
   Raises:
-    UserError: a model that is instrumented already, or whose graph cannot be seen.
+    UserError: a model that is instrumented already, whose graph cannot be seen, or that could not
+      be copied when it is stripped.
   """
   if isinstance(model, Instrumented):
     kinds = dict.fromkeys(type(transform).__name__ for transform in model.transforms)
@@ -79,7 +83,9 @@ def attach(model, stack):
       f' has the weights as deployed. Received: {model.name!r}, which has been compressed already '
       f'({", ".join(kinds) or "by nothing"}).'
     )
-  instrumented = instrument(model, stack.plan(Graph(model)))
+  graph = Graph(model)
+  check_copyable(graph)
+  instrumented = instrument(model, stack.plan(graph))
   stack.bind(instrumented)
   return instrumented
 
@@ -104,6 +110,8 @@ def compress(model, config_list, *, calibration=None):
   """
   stack = stack_from(config_list)
   instrumented = attach(model, stack)
+  # Masks come first: scales and ranges are those of what they leave.
+  stack.update(0)
   if calibration is None:
     fit_scales(instrumented)
   else:

@@ -20,12 +20,18 @@ def distillation_loss(student, teacher, temperature):
 
   The factor T^2 keeps the gradient's size when T changes (section 2 of Hinton et al.).
 
+  A single logit z is that of two classes with logits (0, z): with p = sigmoid(teacher / T) and
+  q = sigmoid(student / T) the cross entropy is -p ln q - (1 - p) ln (1 - q).
+
   Args:
-    student, teacher: [batch, classes] logits.
+    student, teacher: [batch, classes] logits; [batch, 1] for two classes.
     temperature: T, positive.
   """
-  targets = tf.nn.softmax(teacher / temperature)
-  cross_entropy = tf.nn.softmax_cross_entropy_with_logits(targets, student / temperature)
+  student, teacher = (tf.cast(each, tf.float32) / temperature for each in (student, teacher))
+  if student.shape[-1] == 1:
+    cross_entropy = tf.nn.sigmoid_cross_entropy_with_logits(tf.sigmoid(teacher), student)
+  else:
+    cross_entropy = tf.nn.softmax_cross_entropy_with_logits(tf.nn.softmax(teacher), student)
   return temperature**2 * tf.reduce_mean(cross_entropy)
 
 
@@ -35,9 +41,21 @@ def feature_loss(student, teacher):
   Args:
     student, teacher: tensors of one shape.
   """
+  student, teacher = (tf.cast(each, tf.float32) for each in (student, teacher))
   return tf.math.divide_no_nan(
     tf.reduce_sum(tf.square(student - teacher)), tf.reduce_sum(tf.square(teacher))
   )
+
+
+def only_output(outputs):
+  """Returns the tensor among a model's outputs; UserError if there are several."""
+  tensors = keras.tree.flatten(outputs)
+  if len(tensors) > 1:
+    raise UserError(
+      'Distillation of a model with several outputs needs `logits=`, a function that takes them to '
+      f'the [batch, classes] logits. Received: {len(tensors)} outputs.'
+    )
+  return tensors[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,16 +92,17 @@ class Distillation(Compressor):
   """A loss and nothing else; sits in any stack.
 
   Args:
-    teacher: a Keras model that gives logits; it runs in inference mode and is not trained.
+    teacher: a Keras model that gives logits; it runs in inference mode and is not trained, and
+      has weights of its own.
     config: `DistillationConfig`.
-    logits: takes a model's outputs to [batch, classes] logits.
+    logits: takes a model's outputs to [batch, classes] logits; needed where there are several.
     channels: {path of a layer: positions of those of the teacher's channels that the student has};
       layers that are missing have all.
   """
 
   Config = DistillationConfig
 
-  def __init__(self, teacher, config=None, logits=lambda outputs: outputs, channels=None):
+  def __init__(self, teacher, config=None, logits=only_output, channels=None):
     super().__init__()
     self.config = config or DistillationConfig()
     if self.config.feature_weight and not isinstance(teacher, Instrumented):
@@ -94,13 +113,30 @@ class Distillation(Compressor):
     # Path: takes the teacher's feature to the channels of the student's.
     self._picks = {}
     self._seen = {}
+    self._is_taught = False
 
   def plan(self, graph):
     return []
 
   def bind(self, model):
+    """Raises a UserError for outputs or features of which it is not known what to compare."""
+    for each in (model.source, getattr(self.teacher, 'source', self.teacher)):
+      if self.logits is only_output and getattr(each, 'outputs', None):
+        only_output(each.outputs)
     if self.config.feature_weight:
       self._picks = self._compared(model.graph)
+    taught = {id(variable) for variable in model.source.trainable_variables}
+    self._is_taught = any(id(variable) in taught for variable in self.teacher.variables)
+
+  def update(self, step):
+    """Raises a UserError for a teacher that changes with the student, before the first step."""
+    # Not in `bind`: what is bound to look at a plan alone needs no copy of a large net.
+    if self._is_taught:
+      raise UserError(
+        'A teacher must not be trained with its student: give a copy with weights of its own, '
+        'such as `keras.models.clone_model` with `set_weights`. '
+        f'Received: {self.teacher.name!r}, which shares weights with the model to train.'
+      )
 
   def _compared(self, graph):
     """Returns {path: pick} of the layers whose outputs have the same channels in both models."""

@@ -31,7 +31,8 @@ class Instrumented(keras.Model):
   """
 
   def __init__(self, source, placements=(), name=None, **kwargs):
-    super().__init__(name=name or source.name, **kwargs)
+    # Of mixed precision the layers keep their own; here it would round weights before transforms.
+    super().__init__(name=name or source.name, dtype='float32', **kwargs)
     self.source = source
     self.graph = Graph(source)
     self.stack = None

@@ -7,6 +7,8 @@ import numpy as np
 
 from pocketsize.errors import UserError
 
+_HALF = ('float16', 'bfloat16')
+
 
 class Grid(NamedTuple):
   """The values that a quantized kernel can take: `code * scale`.
@@ -58,6 +60,9 @@ class Transform(keras.layers.Layer):
   What it must remember is made by `add_weight` in `build`, hence saved, restored and broadcast
   without another word. A transform that comes back from a file is already built.
 
+  Its weights and its `call` are float32, whatever the dtype policy of Keras or of the layer is; a
+  half-precision tensor is cast on its way in and the result on its way out.
+
   Attributes:
     order: transforms of one placement run in ascending order: masks 10, quantizers 20.
     is_on: whether it changes anything at all; what waits for its step is off until then.
@@ -71,8 +76,19 @@ class Transform(keras.layers.Layer):
   needs_data = False
 
   def __init__(self, **kwargs):
-    super().__init__(**kwargs)
+    # Levels and ranges in half precision would be others than those that files hold.
+    super().__init__(**{**kwargs, 'dtype': 'float32'})
     self.supports_masking = True
+
+  def __call__(self, x, *args, **kwargs):
+    outputs = super().__call__(x, *args, **kwargs)
+    if getattr(x, 'dtype', None) not in _HALF:
+      return outputs
+    mask = getattr(outputs, '_keras_mask', None)
+    outputs = keras.ops.cast(outputs, x.dtype)
+    if mask is not None:
+      outputs._keras_mask = mask
+    return outputs
 
   def compute_output_shape(self, input_shape):
     return input_shape

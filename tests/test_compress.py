@@ -283,3 +283,52 @@ def test_a_mask_quantizer_stack_trains_a_recurrent_model_around_its_dense_layer(
   before = np.array(source.get_layer('head').kernel)
   compile_for_logits(model).fit(x, labels(), verbose=0, callbacks=[CompressionCallback(stack)])
   assert np.abs(source.get_layer('head').kernel - before).max() > 1e-4
+
+
+@pytest.mark.parametrize('turned', [False, True])
+def test_ranges_and_scales_are_those_of_the_pruned_net(turned):
+  """Calibrating a second time, when the masks are there, finds the same."""
+  both = [{'algorithm': 'magnitude', 'ratio': 0.9}, {'algorithm': 'uniform', 'end_bits': 0}]
+  model, _ = pocketsize.compress(
+    conv_net(), both[::-1] if turned else both, calibration=[images(16)]
+  )
+  found = [np.array(weight) for transform in model.transforms for weight in transform.weights]
+  pocketsize.calibrate(model, [images(16)])
+  again = [np.array(weight) for transform in model.transforms for weight in transform.weights]
+  for expected, got in zip(again, found, strict=True):
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+def test_masks_are_made_before_scales_whatever_the_order_of_the_list():
+  """One bit: the scale is the mean of what the mask of the same step leaves."""
+  pruning = {'algorithm': 'magnitude', 'ratio': 0.9, 'begin_step': 50}
+  one_bit = {'algorithm': 'uniform', 'weight_bits': 1, 'end_bits': 0, 'activation_bits': 32}
+  baked = []
+  for both in ([pruning, one_bit], [one_bit, pruning]):
+    model, stack = pocketsize.compress(conv_net(), both)
+    stack.update(50)
+    baked.append(model.baked('conv1'))
+  assert np.mean(baked[0] == 0) > 0.85
+  np.testing.assert_array_equal(*baked)
+
+
+def test_a_second_compile_goes_on_at_the_step_of_the_stack():
+  """A new optimizer counts from 0, and the masks of step 0 would drop nothing."""
+  pruning = [{'algorithm': 'magnitude', 'ratio': 0.5, 'end_step': 3, 'update_every': 1}]
+  model, stack = pocketsize.compress(conv_net(), pruning)
+  for _ in range(2):
+    compile_for_logits(model)
+    callbacks = [CompressionCallback(stack)]
+    model.fit(images(24), labels(24), batch_size=8, verbose=0, callbacks=callbacks)
+    assert stack.statistics()['sparsity'] == 0.5
+  assert stack.step == 6
+  with pytest.warns(UserWarning, match='on its way'):
+    model.fit(images(8), labels(8), verbose=0, callbacks=[CompressionCallback(stack, step=0)])
+  assert stack.step == 1 and stack.statistics()['sparsity'] < 0.5
+
+
+def test_a_layer_that_could_not_be_stripped_is_refused_before_it_is_trained():
+  inputs = keras.Input((3,))
+  own = keras.layers.Dense(2, activation=lambda x: keras.ops.relu(x) * 1.5, name='own')
+  with pytest.raises(UserError, match="Layer 'own' cannot be made again"):
+    pocketsize.compress(keras.Model(inputs, own(inputs)), [{'algorithm': 'uniform'}])

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
-from toys import conv_net, images, labels
+from toys import compile_for_logits, conv_net, images, labels
 
-from pocketsize.compressor import Stack, Stage
+from pocketsize.compressor import CompressionCallback, Stack, Stage
 from pocketsize.configure import attach
 from pocketsize.distillation import (
   Distillation,
@@ -31,6 +31,17 @@ def test_the_student_is_softened_too():
   logits = tf.constant([[0.0, 2 * math.log(3)]])
   entropy = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))
   assert float(distillation_loss(logits, logits, 2.0)) == pytest.approx(4 * entropy, rel=1e-6)
+
+
+def test_a_single_logit_is_that_of_two_classes():
+  """Teacher 2 ln 3 at T = 2 is 3/4; and (0, z) is z."""
+  zeros, logit = tf.zeros((1, 1)), tf.constant([[2 * math.log(3)]])
+  assert float(distillation_loss(zeros, logit, 2.0)) == pytest.approx(4 * math.log(2), rel=1e-6)
+  student, teacher = tf.random.normal((5, 1), seed=1), tf.random.normal((5, 1), seed=2)
+  pairs = [tf.concat([tf.zeros((5, 1)), each], axis=1) for each in (student, teacher)]
+  assert float(distillation_loss(student, teacher, 3.0)) == pytest.approx(
+    float(distillation_loss(*pairs, 3.0)), rel=1e-5
+  )
 
 
 def test_the_loss_is_a_mean_over_the_batch():
@@ -95,6 +106,46 @@ def test_fit_adds_it_in_training_and_not_in_evaluation():
   assert float(np.ravel(trained)[0]) > 0.5
   assert float(np.ravel(model.test_on_batch(images(), labels()))[0]) == 0.0
   assert stack.stage(0) is Stage.FULL
+
+
+def two_outputs():
+  inputs = keras.Input((4,))
+  outputs = {name: layers.Dense(3, name=name)(inputs) for name in ('left', 'right')}
+  return keras.Model(inputs, outputs)
+
+
+def test_of_several_outputs_the_logits_must_be_told():
+  for student, teacher in ((two_outputs(), two_outputs()), (conv_net(), two_outputs())):
+    with pytest.raises(UserError, match=r'needs `logits=`.*Received: 2 outputs'):
+      attach(student, Stack([Distillation(teacher)]))
+  told = Distillation(two_outputs(), logits=lambda outputs: outputs['left'])
+  model = attach(two_outputs(), Stack([told]))
+  assert float(told.loss(tf.ones((2, 4)), None, model(tf.ones((2, 4))))) > 0.0
+
+
+@pytest.mark.parametrize('feature_weight', [0.0, 1.0])
+def test_a_teacher_that_is_the_student_is_refused_before_the_first_step(feature_weight):
+  model = residual_net(5, seed=1)
+  config = DistillationConfig(feature_weight=feature_weight)
+  stack = Stack([Distillation(model, config)])
+  student = compile_for_logits(attach(model, stack))
+  with pytest.raises(UserError, match="give a copy .*Received: 'residual_net', which shares"):
+    student.fit(images(), labels(), verbose=0, callbacks=[CompressionCallback(stack)])
+  copy = keras.models.clone_model(model)
+  copy.set_weights(model.get_weights())
+  stack = Stack([Distillation(copy, config)])
+  attach(model, stack)
+  stack.update(0)
+
+
+def test_a_teacher_may_share_what_does_not_train():
+  teacher = conv_net()
+  teacher.trainable = False
+  frozen = keras.Model(teacher.inputs, teacher.get_layer('pool').output)
+  student = keras.Model(frozen.inputs, layers.Dense(4, name='new')(frozen.outputs[0]))
+  stack = Stack([Distillation(teacher)])
+  attach(student, stack)
+  stack.update(0)
 
 
 def residual_net(inner, seed, trunk=4):

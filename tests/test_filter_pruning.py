@@ -230,6 +230,25 @@ def test_a_target_of_macs_is_met_at_the_end_of_the_schedule(scope, schedule):
 
 
 @pytest.mark.parametrize('scope', ['group', 'network'])
+@pytest.mark.parametrize('amount', [{'ratio': 0.5}, {'macs': 0.5}], ids=str)
+def test_masks_of_an_earlier_step_are_not_taken_for_the_last(amount, scope):
+  _, compressor = pruned(
+    net(depthwise), scope=scope, schedule='polynomial', end_step=9, update_every=1, **amount
+  )
+  compressor.update(1)
+  assert compressor.stage(9) is pocketsize.Stage.PARTIAL
+  compressor.update(9)
+  assert compressor.stage(9) is pocketsize.Stage.FULL
+
+
+@each_body
+@pytest.mark.parametrize('scope', ['group', 'network'])
+def test_the_last_masks_are_complete_though_a_channel_stays_in_every_tensor(body, scope):
+  _, compressor = pruned(net(body), ratio=0.97, scope=scope)
+  assert compressor.stage(0) is pocketsize.Stage.FULL
+
+
+@pytest.mark.parametrize('scope', ['group', 'network'])
 def test_widths_are_multiples(scope):
   _, compressor = pruned(net(residual), ratio=0.6, scope=scope, multiple=4)
   assert all(kept.sum() % 4 == 0 or kept.all() for kept in compressor.keep().values())
@@ -267,9 +286,7 @@ def test_a_depthwise_convolution_with_strides_keeps_what_passes_it():
 
 
 def test_a_group_is_pruned_if_all_that_make_it_are_chosen():
-  _, compressor = pruned(
-    net(residual), {'ratio': 0.5}, {'ratio': 0.5, 'op_names': ['shortcut'], 'exclude': True}
-  )
+  _, compressor = pruned(net(residual), {'ratio': 0.5}, {'op_names': ['shortcut'], 'exclude': True})
   assert sizes(compressor.keep()) == {'stem': 4, 'inner': 3, 'outer': 8}
   assert compressor.skipped == {
     'shortcut': 'excluded',

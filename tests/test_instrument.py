@@ -598,6 +598,27 @@ def test_a_layer_that_was_called_by_name_has_its_transforms():
   np.testing.assert_allclose(overlay(x) - model.layers[1].bias, 2 * model(x), rtol=1e-6)
 
 
+@pytest.mark.parametrize('policy', ['mixed_float16', 'mixed_bfloat16'])
+def test_transforms_get_weights_as_they_are_in_mixed_precision(policy):
+  received = []
+
+  class Receiving(Scaled):
+    def call(self, x, training=None):
+      received.append(np.array(x))
+      return x * self.factor
+
+  keras.config.set_dtype_policy(policy)
+  try:
+    inputs = keras.Input((3,))
+    source = keras.Model(inputs, layers.Dense(2, name='dense')(inputs))
+    overlay = instrument(source, [Placement('dense', 'kernel', Receiving(1.0))])
+    outputs = overlay(np.ones((1, 3), 'float32'))
+  finally:
+    keras.config.set_dtype_policy('float32')
+  np.testing.assert_array_equal(received[0], source.get_layer('dense').kernel)
+  assert keras.backend.standardize_dtype(outputs.dtype) == policy.removeprefix('mixed_')
+
+
 def test_dictionary_models_keep_their_structure():
   first, second = keras.Input((3,), name='first'), keras.Input((3,), name='second')
   model = keras.Model(

@@ -2,15 +2,16 @@
 
 import dataclasses
 
+import keras
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from toys import conv_net
+from toys import compile_for_logits, conv_net, images, labels
 
 import pocketsize
-from pocketsize.compressor import Stage
+from pocketsize.compressor import CompressionCallback, Stage
 from pocketsize.errors import UserError
 from pocketsize.sparsity.magnitude import MagnitudeConfig, heuristic_ratios, magnitude_mask
 
@@ -105,6 +106,30 @@ def test_the_statistic_follows_the_schedule_and_the_stage_ends_after_the_last_ma
   assert stack.statistics()['sparsity'] == pytest.approx((86 + 115 + 13) / 268)
   assert [stack.stage(step) for step in (0, 7, 8)] == [Stage.PARTIAL, Stage.PARTIAL, Stage.FULL]
   assert np.mean(model.baked('conv1') == 0) == pytest.approx(115 / 144)
+
+
+def test_masks_of_an_earlier_step_are_not_taken_for_the_last():
+  """The best weights are those of the first epoch, after steps 0 and 1 of 4."""
+  model, stack = pocketsize.compress(
+    conv_net(), [{'algorithm': 'magnitude', 'ratio': 0.9, 'end_step': 4, 'update_every': 1}]
+  )
+  falling = keras.callbacks.LambdaCallback(
+    on_epoch_end=lambda epoch, logs: logs.update(score=-epoch)
+  )
+  best = keras.callbacks.EarlyStopping('score', mode='max', patience=9, restore_best_weights=True)
+  with pytest.warns(UserWarning, match='weights of an earlier step were restored'):
+    compile_for_logits(model).fit(
+      images(16),
+      labels(16),
+      batch_size=8,
+      epochs=4,
+      verbose=0,
+      callbacks=[falling, best, CompressionCallback(stack)],
+    )
+  assert stack.step == 8 and stack.statistics()['sparsity'] < 0.6
+  assert stack.stage(8) is Stage.PARTIAL
+  stack.update(4)
+  assert stack.stage(8) is Stage.FULL
 
 
 def test_a_pruned_weight_comes_back_when_its_neighbours_shrink():

@@ -6,7 +6,9 @@ import pytest
 import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toys import compile_for_logits, conv_net, images, labels
 
+import pocketsize
 from pocketsize.quantization import quantizers
 from pocketsize.quantization.quantizers import (
   ActivationQuantizer,
@@ -376,3 +378,46 @@ def test_a_config_makes_an_equal_quantizer(kind, arguments):
   )
   assert type(copy) is kind
   assert {name: getattr(copy, name) for name in arguments} == arguments
+
+
+@pytest.fixture
+def policy(request):
+  """Sets the dtype policy of Keras."""
+  keras.config.set_dtype_policy(request.param)
+  yield request.param
+  keras.config.set_dtype_policy('float32')
+
+
+@pytest.mark.parametrize('policy', ['mixed_float16', 'mixed_bfloat16'], indirect=True)
+@pytest.mark.parametrize('algorithm', ['uniform', 'non-uniform'])
+def test_kernels_are_on_their_grid_in_mixed_precision(algorithm, policy):
+  """Half precision would be off by 1e-3 of a weight; float32 is by 1e-7."""
+  model, stack = pocketsize.compress(
+    conv_net(), [{'algorithm': algorithm, 'weight_bits': 4}], calibration=[images(seed=1)]
+  )
+  callbacks = [pocketsize.CompressionCallback(stack)]
+  compile_for_logits(model).fit(images(), labels(), verbose=0, callbacks=callbacks)
+  assert model(images()).dtype == policy.removeprefix('mixed_')
+  assert {weight.dtype for each in model.transforms for weight in each.weights} == {'float32'}
+  for path in ('conv0', 'conv1', 'head'):
+    kernel, quantizer = model.baked(path), model.transforms_at(path, 'kernel')[0]
+    grid = quantizer.grid(kernel)
+    np.testing.assert_allclose(grid.codes(kernel) * grid.scale, kernel, rtol=1e-6)
+
+
+@pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
+def test_a_half_precision_tensor_is_quantized_in_float32(dtype):
+  quantizer = ActivationQuantizer(8)
+  quantizer.build((4, 3))
+  quantizer.set_range(-1.0, 2.0)
+  x = tf.cast(kernel_of((4, 3)), dtype)
+  x._keras_mask = tf.constant([True, False, True, True])
+  got = quantizer(x)
+  assert got.dtype == dtype and got._keras_mask is x._keras_mask
+  np.testing.assert_array_equal(got, tf.cast(quantizer(tf.cast(x, 'float32')), dtype))
+
+
+def test_a_quantizer_that_was_saved_in_mixed_precision_is_float32():
+  config = {**WeightQuantizer(4).get_config(), 'dtype': 'mixed_float16'}
+  quantizer = WeightQuantizer.from_config(config)
+  assert quantizer.compute_dtype == 'float32' and quantizer.bits == 4

@@ -265,3 +265,16 @@ def test_sixteen_bits_compute_nearly_the_same():
 def test_nonsense_is_refused(bad):
   with pytest.raises(UserError, match=f'`{next(iter(bad))}`.*Received: '):
     UniformConfig(**bad)
+
+
+def test_a_kernel_with_zeros_is_quantized_folded():
+  """What keeps the zeros is no quantizer, and stays in front of the one that is folded."""
+  source = conv_net()
+  kernel = source.get_layer('conv0').kernel
+  before = np.where(np.abs(kernel) < 0.1, 0.0, kernel)
+  kernel.assign(before)
+  entry = {'algorithm': 'uniform', 'fold_batch_norm': True, 'granularity': 'tensor'}
+  model, _ = pocketsize.compress(source, [entry], calibration=[images()])
+  kinds = [type(transform).__name__ for transform in model.transforms_at('conv0', 'kernel')]
+  assert kinds == ['FrozenZeros', 'FoldedQuantizer']
+  assert np.all(model.baked('conv0')[before == 0.0] == 0.0)

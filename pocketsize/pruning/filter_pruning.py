@@ -210,7 +210,24 @@ class FilterPruning(Compressor):
   def stage(self, step):
     if any(step < config.last_step for config in self.configs.values()):
       return Stage.PARTIAL
-    return Stage.FULL
+    # Weights that were restored may have brought masks of an earlier step.
+    keep = self.keep() if self.configs else {}
+    reached = [self._is_reached(config, keep) for config in set(self.configs.values())]
+    return Stage.FULL if all(reached) else Stage.PARTIAL
+
+  def _is_reached(self, config, keep):
+    """Returns whether `keep` drops as much as `config` says in the end."""
+    if config.macs is not None:
+      return filters.remaining_macs(self._channels, keep) <= config.macs
+    kept = [keep[name] for name, other in self.configs.items() if other == config]
+    most = filters.most_kept(
+      [len(each) for each in kept],
+      config.ratio_at(config.last_step),
+      config.scope,
+      config.multiple,
+    )
+    # Of a tensor that would lose all the best channel stays.
+    return sum(each.sum() for each in kept) <= most + filters.tensors_of_one(self._channels, keep)
 
   def statistics(self):
     if not self.configs:

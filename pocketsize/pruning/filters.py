@@ -217,6 +217,22 @@ def _filled(scores, keep, cost, budget, multiple):
   return keep
 
 
+def most_kept(sizes, ratio, scope, multiple):
+  """Returns how many channels `choose` keeps at most, whatever the scores are.
+
+  Ties aside, and channels that it keeps for tensors that would lose all.
+
+  Args:
+    sizes: of the groups that are not skipped.
+    ratio, scope, multiple: see `choose`.
+  """
+  if scope == 'network':
+    # Rounding adds less than one `multiple` to a group, and keeping one at least does not add more.
+    return sum(sizes) - round(ratio * sum(sizes)) + multiple * len(sizes)
+  scores = {number: np.zeros(size) for number, size in enumerate(sizes)}
+  return sum(_counts(scores, scope, multiple)(ratio).values())
+
+
 def remaining_macs(channels, keep):
   """Returns the share of the model's multiply-accumulates that `keep` leaves."""
   return macs_share(channels)(keep)
@@ -257,13 +273,22 @@ def _kept(scores, counts):
   return keep
 
 
+def _left(keep, places):
+  """Returns how many of a tensor's channels `keep` leaves."""
+  return sum(keep[name][found[found >= 0]].sum() for name, found in places.items())
+
+
+def tensors_of_one(channels, keep):
+  """Returns how many tensors, such as slices, have one channel left in `keep`."""
+  return sum(_left(keep, channels.places(ids)) == 1 for ids in channels.tensors)
+
+
 def without_empty_tensors(channels, scores, keep):
   """Returns `keep` with the best channel of each tensor, such as a slice, that would lose all."""
   for ids in channels.tensors:
     places = channels.places(ids)
     present = sum((found >= 0).sum() for found in places.values())
-    left = sum(keep[name][found[found >= 0]].sum() for name, found in places.items())
-    if present == len(ids) and not left:
+    if present == len(ids) and not _left(keep, places):
       best = max(
         ((scores[name][place], name, place) for name, found in places.items() for place in found),
         key=lambda entry: entry[0] if entry[2] >= 0 else -math.inf,

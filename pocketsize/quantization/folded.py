@@ -121,19 +121,22 @@ def folded(placements, graph, wanted):
   """Returns `placements` with a `FoldedQuantizer` where a batch norm follows a kernel.
 
   Args:
-    placements: of quantizers.
+    placements: of quantizers, and of what goes before them.
     graph: `Graph` of the model.
     wanted: wanted(path) says whether the kernel of a layer is quantized folded.
   """
   followers = folding.followers(graph)
 
-  def is_folded(path, point):
-    if path not in followers or not wanted(path):
+  def is_folded(path, point, transform):
+    # What keeps zeros stands at a kernel too.
+    if path not in followers or not wanted(path) or not isinstance(transform, KernelQuantizer):
       return False
     return point == targets.weight_points(graph.layers[path])[-1]
 
   return [
-    Placement(path, point, FoldedQuantizer(transform)) if is_folded(path, point) else placement
+    Placement(path, point, FoldedQuantizer(transform))
+    if is_folded(path, point, transform)
+    else placement
     for placement in placements
     for path, point, transform in [placement]
   ]

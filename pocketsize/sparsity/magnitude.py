@@ -106,6 +106,11 @@ class MagnitudeConfig:
     """Returns the configuration that changes nothing."""
     return cls(ratio=0.0)
 
+  @property
+  def last_step(self):
+    """The step at which the last masks are made."""
+    return max(self.begin_step, self.end_step)
+
   def ratio_at(self, step):
     """Returns the ratio that masks made at `step` have."""
     return schedules.polynomial(
@@ -114,9 +119,8 @@ class MagnitudeConfig:
 
   def is_due(self, step):
     """Returns whether new masks are made before optimizer step `step`."""
-    end = max(self.begin_step, self.end_step)
-    return self.begin_step <= step <= end and (
-      (step - self.begin_step) % self.update_every == 0 or step == end
+    return self.begin_step <= step <= self.last_step and (
+      (step - self.begin_step) % self.update_every == 0 or step == self.last_step
     )
 
 
@@ -152,8 +156,13 @@ class Magnitude(Compressor):
         transform.mask.assign(magnitude_mask(kernel, config.ratio_at(step)))
 
   def stage(self, step):
-    if any(step < max(config.begin_step, config.end_step) for config in self._configs.values()):
+    if any(step < config.last_step for config in self._configs.values()):
       return Stage.PARTIAL
+    # Weights that were restored may have brought masks of an earlier step.
+    for config, _, transform in self._masks:
+      mask = np.array(transform.mask)
+      if np.sum(mask == 0.0) < round(config.ratio_at(config.last_step) * mask.size):
+        return Stage.PARTIAL
     return Stage.FULL
 
   def statistics(self):
