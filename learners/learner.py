@@ -8,11 +8,12 @@ import time
 from learners.phases import Phases
 from pocketsize import configure, conversion, report, schedules
 from pocketsize.compressor import Stack
+from pocketsize.copies import copied
 from pocketsize.distillation import Distillation, DistillationConfig
 from pocketsize.errors import UserError
 from pocketsize.files import write_json
 from pocketsize.freezing import FreezeBatchNorm
-from pocketsize.graph import Graph, copied
+from pocketsize.graph import Graph
 from pocketsize.instrument import instrument
 from pocketsize.saving import save_model
 

@@ -12,8 +12,8 @@ from learners.runtime import SilentRuntime
 from learners.training import Schedule, train
 from pocketsize import configure
 from pocketsize.compressor import Stack
+from pocketsize.copies import copied
 from pocketsize.distillation import Distillation, DistillationConfig
-from pocketsize.graph import copied
 from pocketsize.instrument import instrument
 from pocketsize.targets import WEIGHTS_BY_TYPE
 

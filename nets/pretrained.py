@@ -7,8 +7,9 @@ import h5py
 import keras
 import numpy as np
 
+from pocketsize.copies import finalize_normalization
 from pocketsize.errors import UserError
-from pocketsize.graph import Graph, finalize_normalization, inlined
+from pocketsize.graph import Graph, inlined
 from pocketsize.instrument import Instrumented
 
 

@@ -4,8 +4,9 @@ import dataclasses
 
 from pocketsize import compressor, targets
 from pocketsize.calibration import calibrate, fit_scales
+from pocketsize.copies import check_copyable
 from pocketsize.errors import UserError
-from pocketsize.graph import Graph, check_copyable
+from pocketsize.graph import Graph
 from pocketsize.instrument import Instrumented, instrument
 
 _TARGET_KEYS = ('algorithm', 'op_types', 'op_names', 'exclude')

@@ -7,8 +7,9 @@ from keras.src.backend.common.stateless_scope import in_stateless_scope
 
 from pocketsize import fused_bn
 from pocketsize.calls import call_with_weights, with_preactivation
+from pocketsize.copies import copied
 from pocketsize.errors import UserError
-from pocketsize.graph import Graph, copied, functional
+from pocketsize.graph import Graph, functional
 from pocketsize.transform import Placement, check_data
 
 ACTIVATION_POINTS = ('input', 'preactivation', 'output')

@@ -8,8 +8,9 @@ import numpy as np
 import tensorflow as tf
 
 from pocketsize.channel_graph import ChannelGraph
+from pocketsize.copies import copied
 from pocketsize.errors import UserError
-from pocketsize.graph import Graph, copied, functional
+from pocketsize.graph import Graph, functional
 from pocketsize.instrument import Instrumented
 from pocketsize.pruning import filters
 

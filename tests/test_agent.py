@@ -185,7 +185,8 @@ def test_the_same_seed_and_history_give_the_same_proposals():
   problem, score = layers(4, seed=0)
 
   def run(seed):
-    return proposals(AgentSearcher(problem, 8, 3, [2] * 4, seed=seed), score, 8)
+    # Before it trains; tests of the allocators have whole searches of the same seed.
+    return proposals(AgentSearcher(problem, 8, 3, [2] * 4, seed=seed), score, 2)
 
   first = run(1)
   np.testing.assert_array_equal(run(1), first)

@@ -19,6 +19,7 @@ from pocketsize import conversion
 from pocketsize.distillation import Distillation
 from pocketsize.errors import UserError
 from pocketsize.shrink import shrink
+from tests.shortcuts import Enough, unreported
 from tests.test_learners import Killed, assert_same_bits, kill_at, run, weights
 
 __all__ = ['kill_at']  # the fixture
@@ -54,11 +55,10 @@ def undisturbed(tmp_path_factory, float_file):
 
 @pytest.fixture
 def stop_after(monkeypatch):
-  """Makes a selection end abruptly after some steps."""
+  """Makes selections end abruptly after so many steps in all (None: never); returns those done."""
+  original, done = ChannelLearner.do, []
 
   def arrange(count):
-    original, done = ChannelLearner.do, []
-
     def dying(self, course, step):
       if len(done) == count:
         raise Killed
@@ -66,7 +66,7 @@ def stop_after(monkeypatch):
       original(self, course, step)
 
     monkeypatch.setattr(ChannelLearner, 'do', dying)
-    return lambda: monkeypatch.setattr(ChannelLearner, 'do', original)
+    return done
 
   return arrange
 
@@ -101,46 +101,30 @@ def test_the_pruned_model_and_what_is_said_of_it(undisturbed, learner):
   assert any((one != other).any() for one, other in zip(before, after, strict=True))
 
 
-@pytest.mark.parametrize('steps', [1, 3])
 @each_learner
-def test_a_selection_killed_after_any_step_ends_with_the_same_bits(
-  tmp_path, stop_after, undisturbed, float_file, learner, steps
+def test_a_selection_killed_twice_goes_on_and_ends_with_the_same_bits(
+  tmp_path, stop_after, undisturbed, float_file, learner
 ):
   arguments = [*LEARNERS[learner], f'--pretrained={float_file}']
-  revive = stop_after(steps)
-  with pytest.raises(Killed):
-    run(tmp_path, *arguments)
-  assert not (tmp_path / 'pruned.keras').exists()
-  revive()
-  assert run(tmp_path, *arguments) == 0
+  for steps in (1, 3):
+    stop_after(steps)
+    with pytest.raises(Killed):
+      run(tmp_path, *arguments)
+    assert not (tmp_path / 'pruned.keras').exists()
+  done = stop_after(None)
+  with unreported():
+    assert run(tmp_path, *arguments) == 0
+  assert done == ['survey', 'conv0', 'conv1', 'conv2', 'dense']
   whole = undisturbed(*LEARNERS[learner])
   for name in ('pruned.keras', 'final.keras'):
     assert_same_bits(weights(tmp_path, name), weights(whole, name))
-
-
-def test_a_selection_goes_on_behind_the_steps_that_are_done(
-  tmp_path, stop_after, float_file, monkeypatch
-):
-  arguments = [*CHANNEL, f'--pretrained={float_file}']
-  revive = stop_after(2)
-  with pytest.raises(Killed):
-    run(tmp_path, *arguments)
-  revive()
-  original, done = ChannelLearner.do, []
-  monkeypatch.setattr(
-    ChannelLearner,
-    'do',
-    lambda self, course, step: done.append(step) or original(self, course, step),
-  )
-  assert run(tmp_path, *arguments) == 0
-  assert done == ['conv1', 'conv2', 'dense']
 
 
 GROUPS = [*CHANNEL, '--cp_list_group=2', '--cp_nb_iters_ft_ratio=0.5']
 
 
 @pytest.mark.parametrize('how', ['--cp_finetune', '--cp_retrain'])
-def test_groups_are_tuned_in_between(tmp_path, float_file, undisturbed, how, kill_at):
+def test_groups_are_tuned_in_between(undisturbed, how):
   whole = undisturbed(*GROUPS, how)
   seconds = report_of(whole)['seconds']
   # Steps are conv0, conv1, (group1), conv2, dense: none behind the last.
@@ -156,13 +140,20 @@ def test_groups_are_tuned_in_between(tmp_path, float_file, undisturbed, how, kil
     )
   ]
   assert any(differs)
+
+
+def test_a_group_killed_while_it_is_tuned_ends_with_the_same_bits(
+  tmp_path, float_file, undisturbed, kill_at
+):
+  arguments = [*GROUPS, '--cp_finetune']
   revive = kill_at('group1', 9)
   with pytest.raises(Killed):
-    run(tmp_path, *GROUPS, how, f'--pretrained={float_file}')
+    run(tmp_path, *arguments, f'--pretrained={float_file}')
   assert list((tmp_path / 'checkpoints').glob('group1-*'))
   revive()
-  assert run(tmp_path, *GROUPS, how, f'--pretrained={float_file}') == 0
-  assert_same_bits(weights(tmp_path), weights(whole))
+  with unreported():
+    assert run(tmp_path, *arguments, f'--pretrained={float_file}') == 0
+  assert_same_bits(weights(tmp_path), weights(undisturbed(*arguments)))
 
 
 def test_short_tuning_is_a_share_of_the_whole(undisturbed):
@@ -186,9 +177,11 @@ def test_tuning_keeps_what_is_not_selected_at_zero(tmp_path, float_file, monkeyp
       for path, chosen in course.selected.items():
         kernel = np.array(course.model.get_layer(path).kernel)
         seen[path] = (np.abs(kernel[..., ~chosen, :]).sum(), (~chosen).sum())
+      raise Enough
 
   monkeypatch.setattr(ChannelLearner, 'do', looking)
-  assert run(tmp_path, *GROUPS, '--cp_finetune', f'--pretrained={float_file}') == 0
+  with pytest.raises(Enough):
+    run(tmp_path, *GROUPS, '--cp_finetune', f'--pretrained={float_file}')
   assert seen['conv1'] == (0.0, 6)
 
 
@@ -196,7 +189,8 @@ def test_a_warm_start_takes_the_pruned_model(tmp_path, undisturbed, float_file, 
   source = undisturbed(*REMASTERED)
   monkeypatch.setattr(ChannelLearner, 'do', lambda *arguments: pytest.fail('chosen again'))
   warm = ['--cpr_warm_start', f'--cpr_save_path_ws={source / "pruned.keras"}']
-  assert run(tmp_path, *REMASTERED, *warm, f'--pretrained={float_file}') == 0
+  with unreported():
+    assert run(tmp_path, *REMASTERED, *warm, f'--pretrained={float_file}') == 0
   assert_same_bits(weights(tmp_path), weights(source))
 
 
@@ -234,7 +228,8 @@ def test_a_sampler_may_choose_of_the_images(tmp_path, float_file):
   arguments = ['--channel_trunk=sampler', '--nocpr_skip_frst_layer', *REMASTERED]
   # One channel of the images, and no dense layer.
   assert planned(*arguments) == {'conv0': 1, 'conv1': 8, 'conv2': 16}
-  assert run(tmp_path, *arguments, f'--pretrained={float_file}') == 0
+  with unreported():
+    assert run(tmp_path, *arguments, f'--pretrained={float_file}') == 0
   model = keras.models.load_model(tmp_path / 'final.keras', compile=False)
   assert [model.get_layer(f'conv{index}').filters for index in range(3)] == [8, 16, 64]
 
@@ -309,8 +304,13 @@ def test_each_learner_has_the_shared_flags(tmp_path, capfd, learner):
   assert 'missing.keras' in capfd.readouterr().err
 
 
-def test_features_are_those_of_the_channels_that_stay(tmp_path, float_file, monkeypatch):
-  seen = []
+DISTILLED = [*CHANNEL, '--enbl_dst', '--loss_w_dst_features=1', '--dst_features=ReLU']
+
+
+@pytest.fixture(scope='module')
+def distilled(tmp_path_factory, float_file):
+  """Returns the folder of a run with a teacher, and the channels of each `Distillation`."""
+  seen, folder = [], tmp_path_factory.mktemp('distilled')
 
   class Recorded(Distillation):
     def __init__(self, teacher, config, channels):
@@ -321,11 +321,16 @@ def test_features_are_those_of_the_channels_that_stay(tmp_path, float_file, monk
       super().bind(model)
       assert sorted(self._picks) == ['relu0', 'relu1', 'relu2']
 
-  monkeypatch.setattr(learner_module, 'Distillation', Recorded)
-  distill = ['--enbl_dst', '--loss_w_dst_features=1', '--dst_features=ReLU']
-  assert run(tmp_path, *CHANNEL, *distill, f'--pretrained={float_file}') == 0
-  kept = json.loads((tmp_path / 'kept.json').read_text())
-  counts = {e['name']: e['kept'] for e in json.loads((tmp_path / 'channels.json').read_text())}
+  with pytest.MonkeyPatch.context() as patch, unreported():
+    patch.setattr(learner_module, 'Distillation', Recorded)
+    assert run(folder, *DISTILLED, f'--pretrained={float_file}') == 0
+  return folder, seen
+
+
+def test_features_are_those_of_the_channels_that_stay(distilled):
+  folder, seen = distilled
+  kept = json.loads((folder / 'kept.json').read_text())
+  counts = {e['name']: e['kept'] for e in json.loads((folder / 'channels.json').read_text())}
   assert {name: len(positions) for name, positions in kept.items()} == counts
   # In the check before the selection nothing is gone.
   assert seen[0] is None
@@ -336,12 +341,11 @@ def test_features_are_those_of_the_channels_that_stay(tmp_path, float_file, monk
 
 
 @pytest.mark.parametrize('name', ['channels.json', 'kept.json'])
-def test_a_record_of_other_channels_is_refused(tmp_path, undisturbed, float_file, capfd, name):
-  arguments = (*CHANNEL, '--enbl_dst')
-  folder = shutil.copytree(undisturbed(*arguments), tmp_path / 'copy')
+def test_a_record_of_other_channels_is_refused(tmp_path, distilled, float_file, capfd, name):
+  folder = shutil.copytree(distilled[0], tmp_path / 'copy')
   text = (folder / name).read_text()
   (folder / name).write_text(text.replace('"conv0"', '"conv9"'))
-  assert run(folder, *arguments, f'--pretrained={float_file}') == 2
+  assert run(folder, *DISTILLED, f'--pretrained={float_file}') == 2
   said = capfd.readouterr().err
   assert f'{name} must be about the groups of channels conv0, conv1, conv2' in said
   assert 'Received: conv9' in said

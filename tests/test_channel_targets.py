@@ -119,8 +119,9 @@ def test_flags_that_make_no_sense_are_refused(fields, sentence):
     ChannelConfig(**fields)
 
 
-def test_a_run_to_a_share_of_macs_ends_below_it(tmp_path):
-  assert run(tmp_path, *CHANNEL, '--target=macs', '--target_share=0.5', '--channel_multiple=4') == 0
+def test_a_run_to_a_share_of_macs_ends_below_it(tmp_path, float_file):
+  arguments = ['--target=macs', '--target_share=0.5', '--channel_multiple=4']
+  assert run(tmp_path, *CHANNEL, *arguments, f'--pretrained={float_file}') == 0
   report = json.loads((tmp_path / 'report.json').read_text())
   assert report['compressed']['macs'] <= 0.5 * report['float']['macs']
   assert report['pruned']['macs'] == report['compressed']['macs']
@@ -148,7 +149,9 @@ def test_a_run_to_a_share_of_macs_ends_below_it(tmp_path):
   ],
   ids=lambda learner: learner[0],
 )
-def test_every_learner_ranks_the_whole_network(tmp_path, monkeypatch, channels, learner):
+def test_every_learner_ranks_the_whole_network(
+  tmp_path, monkeypatch, channels, float_file, learner
+):
   """Seen before the selection begins, which is the same whatever the counts come from."""
 
   class Ranked(BaseException):
@@ -158,26 +161,26 @@ def test_every_learner_ranks_the_whole_network(tmp_path, monkeypatch, channels, 
     raise Ranked
 
   monkeypatch.setattr(ChannelLearner, '_pruned', ranked)
+  arguments = ['--target=macs', '--target_share=0.5', '--target_scope=network']
   with pytest.raises(Ranked):
-    run(tmp_path, *learner, '--target=macs', '--target_share=0.5', '--target_scope=network')
+    run(tmp_path, *learner, *arguments, f'--pretrained={float_file}')
   entries = json.loads((tmp_path / 'channels.json').read_text())
   keep = {entry['name']: np.arange(entry['channels']) < entry['kept'] for entry in entries}
   assert 0.4 < cost.macs_share(channels)(keep) <= 0.5
   assert len({entry['kept'] / entry['channels'] for entry in entries}) > 1
 
 
-def test_a_share_of_latency_is_met_in_the_runtime(tmp_path):
+def test_a_share_of_latency_is_met_in_the_runtime(tmp_path, float_file):
   arguments = ['--target=latency', '--target_share=0.8', '--target_format=tflite']
-  assert run(tmp_path, *CHANNEL, *arguments) == 0
+  assert run(tmp_path, *CHANNEL, *arguments, f'--pretrained={float_file}') == 0
   assert json.loads((tmp_path / 'latency_tflite.json').read_text())
   report = json.loads((tmp_path / 'report.json').read_text())
   assert report['compressed']['macs'] < report['float']['macs']
 
 
-def test_damaged_counts_are_one_sentence(tmp_path, capfd):
-  assert run(tmp_path, *CHANNEL) == 0
+def test_damaged_counts_are_one_sentence(tmp_path, float_file, capfd):
   (tmp_path / 'channels.json').write_text('[{"na')
-  assert run(tmp_path, *CHANNEL) == 2
+  assert run(tmp_path, *CHANNEL, f'--pretrained={float_file}') == 2
   assert 'channels.json is damaged' in capfd.readouterr().err
 
 
@@ -191,8 +194,8 @@ def test_damaged_counts_are_one_sentence(tmp_path, capfd):
     ['--fp_ratio=0.5', '--nofp_prune_batch_norms'],
   ],
 )
-def test_filters_leave_a_smaller_model(tmp_path, arguments):
-  assert run(tmp_path, *FILTERS, *arguments) == 0
+def test_filters_leave_a_smaller_model(tmp_path, float_file, arguments):
+  assert run(tmp_path, *FILTERS, *arguments, f'--pretrained={float_file}') == 0
   report = json.loads((tmp_path / 'report.json').read_text())
   assert report['compressed']['macs'] <= 0.55 * report['float']['macs']
   final = load_model(tmp_path / 'final.keras')

@@ -24,6 +24,7 @@ from pocketsize.pruning.discrimination import (
 )
 from pocketsize.pruning.heads import block_ends, classes
 from pocketsize.pruning.tail import channel_scores
+from tests.shortcuts import until_training
 from tests.toys import conv_net, images, labels
 
 
@@ -368,50 +369,35 @@ def test_a_run_leaves_a_smaller_model_without_heads(finished):
   assert {'selection', 'block1_training', 'block3_training'} <= set(report['seconds'])
 
 
-@pytest.mark.parametrize('phase, step', [('block1', 3), ('block2', 6)])
-def test_a_run_killed_inside_a_block_ends_with_the_same_bits(
-  finished, tmp_path, monkeypatch, phase, step
-):
-  _killed_and_revived(
-    tmp_path,
-    monkeypatch,
-    training._Loop,
-    'on_train_batch_end',
-    lambda loop, *_: loop.step == step and loop.schedule.title.startswith(phase),
-    finished,
+class Killed(BaseException):
+  """Stands for a process that ends right after what it did."""
+
+
+def test_a_run_killed_time_and_again_ends_with_the_same_bits(finished, tmp_path, monkeypatch):
+  """In one work folder, at places in the order of the course: in blocks and at layers."""
+  places = ['survey', 'block1 training 3', 'block2 training 6', 'conv2']
+
+  def make_deadly(owner, name, place_of):
+    original = getattr(owner, name)
+
+    def dying(*arguments, **options):
+      original(*arguments, **options)
+      if places and place_of(*arguments) == places[0]:
+        raise Killed(places.pop(0))
+
+    monkeypatch.setattr(owner, name, dying)
+
+  make_deadly(
+    training._Loop, 'on_train_batch_end', lambda loop, *_: f'{loop.schedule.title} {loop.step}'
   )
-
-
-@pytest.mark.parametrize('layer', ['survey', 'conv2'])
-def test_a_run_killed_at_a_layer_ends_with_the_same_bits(finished, tmp_path, monkeypatch, layer):
-  _killed_and_revived(
-    tmp_path,
-    monkeypatch,
-    ChannelLearner,
-    'do',
-    lambda learner, course, step: step == layer,
-    finished,
-  )
-
-
-def _killed_and_revived(tmp_path, monkeypatch, owner, name, dies, finished):
-  """Ends a run right after a call, starts it again and compares it with a run left alone."""
-  original = getattr(owner, name)
-
-  class Killed(BaseException):
-    pass
-
-  def dying(*arguments, **options):
-    original(*arguments, **options)
-    if dies(*arguments):
-      raise Killed
-
-  monkeypatch.setattr(owner, name, dying)
+  make_deadly(ChannelLearner, 'do', lambda learner, course, step: step)
   arguments = [f'--pretrained={finished / "float.keras"}']
-  with pytest.raises(Killed):
+  for place in tuple(places):
+    with pytest.raises(Killed, match=place):
+      run(tmp_path, *arguments)
+  assert not (tmp_path / 'pruned.keras').exists()
+  with until_training('compressed'):
     run(tmp_path, *arguments)
-  monkeypatch.setattr(owner, name, original)
-  assert run(tmp_path, *arguments) == 0
   for one, other in zip(
     loaded(tmp_path, 'pruned.keras').get_weights(),
     loaded(finished, 'pruned.keras').get_weights(),

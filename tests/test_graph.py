@@ -8,8 +8,9 @@ import pytest
 from keras import layers
 from toys import MODELS, conv_net, images, nested_net, paths, shared_net
 
+from pocketsize.copies import check_copyable, copied
 from pocketsize.errors import UserError
-from pocketsize.graph import Graph, copied
+from pocketsize.graph import Graph
 
 
 def assert_same_run(model, inputs, flat_inputs=None):
@@ -235,3 +236,13 @@ def test_a_layer_with_a_lambda_is_named_when_it_cannot_be_copied():
   model = keras.Model(inputs, keras.Model(inputs, inner, name='nested')(inputs))
   with pytest.raises(UserError, match="Layer 'nested/own' .* registered with keras.*no lambda"):
     copied(model)
+
+
+def test_a_check_changes_no_model_that_is_made_after_it():
+  graph = Graph(conv_net())
+  keras.utils.set_random_seed(5)
+  expected = keras.Sequential([keras.Input((3,)), layers.Dense(2)]).get_weights()
+  keras.utils.set_random_seed(5)
+  check_copyable(graph)
+  got = keras.Sequential([keras.Input((3,)), layers.Dense(2)]).get_weights()
+  np.testing.assert_array_equal(got[0], expected[0])

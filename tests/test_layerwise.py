@@ -207,7 +207,7 @@ def output_error(made, data):
 @pytest.mark.parametrize('net', prunable.NETS)
 @pytest.mark.parametrize('method', METHODS)
 def test_reconstruction_is_better_than_zeros(net, method):
-  made = finished(net, 'shared', method)
+  made = pruned(net, 'shared', method)
   plain = zeroed_only(made)
   assert made.errors.keys() == plain.errors.keys()
   assert sum(made.errors.values()) < sum(plain.errors.values())
@@ -360,23 +360,30 @@ def assert_same_bits(one, other):
 @pytest.mark.parametrize('trunk', ['shared', 'sampler'])
 @pytest.mark.parametrize('method', METHODS)
 def test_a_course_goes_on_after_any_step_with_the_same_bits(trunk, method):
-  whole = course('projection', trunk, method, points=3, seed=4)
+  whole, again, rest = (course('projection', trunk, method, points=3, seed=4) for _ in range(3))
   states = []
   for step in whole.steps:
     whole.do(step)
     states.append(state(whole))
-  for done in range(1, len(whole.steps)):
-    again = course('projection', trunk, method, points=3, seed=4)
-    for variable, value in zip(again.variables, states[done - 1], strict=True):
+
+  def assert_goes_on(made, done, until):
+    for variable, value in zip(made.variables, states[done - 1], strict=True):
       variable.assign(value)
-    for step in again.steps[done:]:
-      again.do(step)
-    assert_same_bits(state(again), states[-1])
+    for step in made.steps[done:until]:
+      made.do(step)
+    assert_same_bits(state(made), states[until - 1])
+
+  assert_goes_on(rest, len(whole.steps) // 2, len(whole.steps))
+  # Backwards, so that nothing but the variables is of the steps before.
+  for done in reversed(range(1, len(whole.steps))):
+    again.restart()
+    assert_goes_on(again, done, done + 1)
 
 
 @pytest.mark.parametrize('memory', [0, 30000])
 def test_memory_changes_no_bit(memory):
-  assert_same_bits(state(finished('projection', memory=memory)), state(finished('projection')))
+  whole = pruned('projection', 'shared', 'lasso')
+  assert_same_bits(state(finished('projection', memory=memory)), state(whole))
 
 
 def test_the_seed_places_the_samples():

@@ -7,7 +7,7 @@ import pytest
 
 from tests.test_runtime import finish, needs_horovod, start
 
-SMALL = ['--nb_epochs_rat=0.03', '--export_formats=none', '--batch_size=32']
+SMALL = ['--export_formats=none', '--batch_size=32']
 # Under xdist one process has all tests that start workers.
 pytestmark = pytest.mark.xdist_group('horovod')
 LEARNERS = {
@@ -62,19 +62,28 @@ LEARNERS = {
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
-  """A folder for each learner; all are trained by one pair of processes, which start slowly."""
+  """Returns (folder with one of each learner, exit code, what was said) of a pair of processes.
+
+  It trains them all, as it starts slowly; the float model is that of the first one. In the end
+  comes a run whose loss diverges on one worker.
+  """
   folder = tmp_path_factory.mktemp('two workers')
+  first, *others = LEARNERS
+  later = [f'--pretrained={folder / first / "work" / "float.keras"}', '--nb_epochs_rat=0.015']
+  flags = {first: [*SMALL, '--nb_epochs_rat=0.03', *LEARNERS[first]]}
+  flags |= {name: [*SMALL, *later, *LEARNERS[name]] for name in others}
+  flags['diverging'] = [*SMALL, '--nb_epochs_rat=0.03']
   learners = folder / 'learners.json'
-  learners.write_text(json.dumps({name: [*SMALL, *flags] for name, flags in LEARNERS.items()}))
-  code, output, errors = finish(start('learning.py', folder, learners), seconds=300)
-  assert code == 0, output + errors
-  return folder
+  learners.write_text(json.dumps(flags))
+  return folder, *finish(start('learning.py', folder, learners), seconds=300)
 
 
 @needs_horovod
 @pytest.mark.parametrize('learner', LEARNERS)
 def test_two_workers_end_with_equal_weights(trained, learner):
-  folder = trained / learner
+  folder, *ended = trained
+  folder /= learner
+  assert (folder / 'work' / 'report.json').exists(), ended
   with np.load(folder / 'rank0.npz') as one, np.load(folder / 'rank1.npz') as other:
     assert one.files == other.files and one.files
     for name in one.files:
@@ -82,7 +91,6 @@ def test_two_workers_end_with_equal_weights(trained, learner):
     bits = one['bits'].tolist()
   config = json.loads((folder / 'work' / 'config.json').read_text())
   assert config['enbl_multi_gpu'] is True
-  assert (folder / 'work' / 'report.json').exists()
   if learner == 'searched':
     _assert_searched(folder / 'work', bits)
 
@@ -99,8 +107,8 @@ def _assert_searched(folder, bits):
 
 
 @needs_horovod
-def test_a_loss_that_diverges_on_one_worker_is_told_by_the_run(tmp_path):
-  code, _, errors = finish(start('diverging.py', f'--work_dir={tmp_path / "work"}', *SMALL))
-  assert code == 2
+def test_a_loss_that_diverges_on_one_worker_is_told_by_the_run(trained):
+  _, code, output, errors = trained
+  assert code == 2, output + errors
   assert errors.count('The loss became infinite or not a number at step 3 of') == 1
   assert 'another worker failed' not in errors and 'Traceback' not in errors

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 
 import keras
 import numpy as np
@@ -23,6 +24,7 @@ from nets.convnet_at_digits import ModelHelper
 from pocketsize import calibration, packed
 from pocketsize.conversion.processor import overflows
 from pocketsize.errors import UserError
+from tests.shortcuts import unreported
 
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = ['--nb_epochs_rat=0.03', '--export_formats=none', '--save_step=7', '--summ_step=5']
@@ -88,13 +90,12 @@ def finished(tmp_path_factory):
   """Returns the folder of a run that nothing stopped, by its arguments; tests only look at it."""
   kept = {}
 
-  def get(*arguments, helper=ModelHelper):
-    key = (helper, arguments)
-    if key not in kept:
+  def get(*arguments):
+    if arguments not in kept:
       folder = tmp_path_factory.mktemp('finished')
-      assert run(folder, *arguments, helper=helper) == 0
-      kept[key] = folder
-    return kept[key]
+      assert run(folder, *arguments) == 0
+      kept[arguments] = folder
+    return kept[arguments]
 
   return get
 
@@ -103,6 +104,12 @@ def finished(tmp_path_factory):
 def undisturbed(finished):
   """Returns the weights of a run that nothing stopped, by its arguments."""
   return lambda *arguments: weights(finished(*arguments))
+
+
+@pytest.fixture(scope='module')
+def pretrained(finished):
+  """Returns the flag with which a run need not train the float model."""
+  return f'--pretrained={finished(*UNIFORM) / "float.keras"}'
 
 
 @pytest.fixture
@@ -114,40 +121,60 @@ def copy(tmp_path, finished):
 DISTILLED = [*SPARSE, '--enbl_dst', '--loss_w_dst_features=1', '--dst_features=ReLU']
 
 
+def test_a_run_killed_in_both_of_its_trainings_ends_with_the_same_bits(
+  tmp_path, kill_at, undisturbed
+):
+  for phase, step in (('float', 3), ('compressed', 15)):
+    revive = kill_at(phase, step)
+    with pytest.raises(Killed):
+      run(tmp_path, *UNIFORM)
+    revive()
+  with unreported():
+    assert run(tmp_path, *UNIFORM) == 0
+  assert_same_bits(weights(tmp_path), undisturbed(*UNIFORM))
+
+
 # The float model is trained alike by all of them.
 @pytest.mark.parametrize(
-  'learner, phase, step',
+  'learner, step',
   [
-    pytest.param(UNIFORM, 'float', 3, id='float-3'),
-    pytest.param(UNIFORM, 'compressed', 15, id='uniform-15'),
-    pytest.param(NON_UNIFORM, 'compressed', 15, id='non-uniform-15'),
-    pytest.param(DISTILLED, 'compressed', 15, id='sparse-distilled-15'),
-    pytest.param(UNIFORM_TF, 'compressed', 15, id='uniform-tf-15'),
+    pytest.param(NON_UNIFORM, 15, id='non-uniform-15'),
+    pytest.param(DISTILLED, 15, id='sparse-distilled-15'),
+    pytest.param(UNIFORM_TF, 15, id='uniform-tf-15'),
     # Batch norm is frozen between the last checkpoint and the kill.
-    pytest.param(FROZEN, 'compressed', 13, id='frozen-13'),
+    pytest.param(FROZEN, 13, id='frozen-13'),
   ],
 )
 def test_a_run_killed_at_any_step_ends_with_the_same_bits(
-  tmp_path, kill_at, undisturbed, learner, phase, step
+  tmp_path, kill_at, pretrained, learner, step
 ):
-  revive = kill_at(phase, step)
-  with pytest.raises(Killed):
-    run(tmp_path, *learner)
-  revive()
-  assert run(tmp_path, *learner) == 0
-  assert_same_bits(weights(tmp_path), undisturbed(*learner))
-
-
-# The second start takes the float model from its file, which the first had trained itself.
-@pytest.mark.parametrize('step', [5, 15], ids=['before-a-checkpoint', 'after-one'])
-def test_a_killed_run_with_dropout_ends_with_the_same_bits(tmp_path, kill_at, finished, step):
-  undisturbed = weights(finished(*SPARSE, helper=WithDropout))
+  arguments = [*learner, pretrained]
+  whole, parts = tmp_path / 'whole', tmp_path / 'parts'
   revive = kill_at('compressed', step)
   with pytest.raises(Killed):
-    run(tmp_path, *SPARSE, helper=WithDropout)
+    run(parts, *arguments)
   revive()
-  assert run(tmp_path, *SPARSE, helper=WithDropout) == 0
-  assert_same_bits(weights(tmp_path), undisturbed)
+  with unreported():
+    for folder in (whole, parts):
+      assert run(folder, *arguments) == 0
+  assert_same_bits(weights(parts), weights(whole))
+
+
+def test_a_run_with_dropout_killed_twice_ends_with_the_same_bits(tmp_path, kill_at):
+  """Before a checkpoint, and after one.
+
+  The second start takes the float model from its file, which the first had trained itself.
+  """
+  whole, parts = tmp_path / 'whole', tmp_path / 'parts'
+  for step in (5, 15):
+    revive = kill_at('compressed', step)
+    with pytest.raises(Killed):
+      run(parts, *SPARSE, helper=WithDropout)
+    revive()
+  with unreported():
+    for folder in (whole, parts):
+      assert run(folder, *SPARSE, helper=WithDropout) == 0
+  assert_same_bits(weights(parts), weights(whole))
 
 
 def test_without_an_output_nothing_is_shown(monkeypatch, capfd):
@@ -171,7 +198,8 @@ def test_the_float_model_is_the_same_whatever_a_learner_checks(tmp_path, monkeyp
 
 
 def test_another_seed_gives_other_weights(tmp_path, undisturbed):
-  assert run(tmp_path, *UNIFORM, '--seed=1') == 0
+  with unreported():
+    assert run(tmp_path, *UNIFORM, '--seed=1') == 0
   assert any(
     (one != other).any()
     for one, other in zip(weights(tmp_path), undisturbed(*UNIFORM), strict=True)
@@ -207,7 +235,7 @@ def test_batch_norm_is_estimated_anew_once_the_model_is_trained(finished, undist
   assert 'batch_norm' in json.loads((folder / 'report.json').read_text())['seconds']
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_in_a_real_process_loses_nothing(tmp_path, undisturbed, number, capfd):
   expected = undisturbed(*UNIFORM)
   code, stderr = _signalled(tmp_path, number, 'float training: 10/', *SMALL, *UNIFORM)
@@ -228,11 +256,35 @@ def test_a_signal_in_a_real_process_loses_nothing(tmp_path, undisturbed, number,
   assert_same_bits(weights(tmp_path), expected)
 
 
+@pytest.fixture
+def handlers():
+  """Gives the signals back to those who handled them before."""
+  kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+  yield
+  for number, handler in kept.items():
+    signal.signal(number, handler)
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_both_signals_are_heard_in_training_and_outside(handlers, monkeypatch, capfd, number):
+  with training._signals() as caught:
+    signal.raise_signal(number)
+  assert caught == [number]
+  learner = types.SimpleNamespace(
+    run=types.SimpleNamespace(debug=False), execute=lambda: signal.raise_signal(number)
+  )
+  monkeypatch.setattr(main, 'make_learner', lambda *arguments: learner)
+  with pytest.raises(SystemExit) as ended:
+    main.run(ModelHelper)
+  assert ended.value.code == 128 + number
+  assert f'stopped by {signal.Signals(number).name}; the same command' in capfd.readouterr().err
+
+
 def test_a_signal_while_files_are_written_leaves_whole_ones(tmp_path):
   arguments = [*SMALL, *UNIFORM, '--export_formats=tflite,onnx,openvino']
-  code, stderr = _signalled(tmp_path, signal.SIGTERM, 'exporting: 1/3', *arguments)
-  assert code == 128 + signal.SIGTERM
-  assert 'stopped by SIGTERM; the same command goes on' in stderr and 'Traceback' not in stderr
+  code, stderr = _signalled(tmp_path, signal.SIGINT, 'exporting: 1/3', *arguments)
+  assert code == 128 + signal.SIGINT
+  assert 'stopped by SIGINT; the same command goes on' in stderr and 'Traceback' not in stderr
   written = {path.name for path in (tmp_path / 'exports').iterdir()}
   assert 'convnet.tflite' in written and written <= {'convnet.tflite', 'convnet.onnx'}
 
@@ -301,13 +353,9 @@ def test_full_precision_trains_and_keeps_the_float_model(tmp_path):
   assert report['float']['metrics'] == report['compressed']['metrics']
 
 
-def test_sparse_weights_are_exact_zeros_in_the_final_model(tmp_path):
-  assert (
-    run(
-      tmp_path, '--learner=weight-sparse', '--ws_prune_ratio_prtl=uniform', '--ws_prune_ratio=0.6'
-    )
-    == 0
-  )
+def test_sparse_weights_are_exact_zeros_in_the_final_model(tmp_path, pretrained):
+  arguments = ['--learner=weight-sparse', '--ws_prune_ratio_prtl=uniform', '--ws_prune_ratio=0.6']
+  assert run(tmp_path, *arguments, pretrained) == 0
   report = json.loads((tmp_path / 'report.json').read_text())
   for layer in report['layers']:
     if layer['macs']:
@@ -581,20 +629,20 @@ def test_a_signal_in_the_last_step_of_a_phase_stops_the_run(tmp_path, monkeypatc
   )
 
 
-def test_listed_weight_bits_leave_the_ends_of_activations_at_8_bits(tmp_path):
+def test_listed_weight_bits_leave_the_ends_of_activations_at_8_bits(tmp_path, pretrained):
   bits = ['--uql_weight_bits_list=2,4,4,3', '--uql_activation_bits=4', '--uql_quant_epochs=1']
-  assert run(tmp_path, '--learner=uniform', *bits) == 0
+  assert run(tmp_path, '--learner=uniform', *bits, pretrained) == 0
   report = json.loads((tmp_path / 'report.json').read_text())
   found = [(entry['weight_bits'], entry['activation_bits']) for entry in report['layers']]
   assert [pair for pair in found if pair[0] < 32] == [(2, 8), (4, 4), (4, 4), (3, 8)]
 
 
 @pytest.mark.parametrize('mode', ['weights', 'cluster', 'both'])
-def test_listed_bits_of_centres_reach_the_report_and_the_kernels(tmp_path, mode):
+def test_listed_bits_of_centres_reach_the_report_and_the_kernels(tmp_path, pretrained, mode):
   """conv1 has at most 4 values, by output channel; cluster trains no weight of the float model."""
   flags = ['--nuql_weight_bits_list=8,2,4,3', '--nuql_use_buckets', '--nuql_bucket_type=channel']
   flags += [f'--nuql_opt_mode={mode}', '--nuql_activation_bits=8', '--nuql_quant_epochs=1']
-  assert run(tmp_path, '--learner=non-uniform', *flags) == 0
+  assert run(tmp_path, '--learner=non-uniform', *flags, pretrained) == 0
   report = json.loads((tmp_path / 'report.json').read_text())
   found = [(entry['weight_bits'], entry['activation_bits']) for entry in report['layers']]
   assert [pair for pair in found if pair[0] < 32] == [(8, 8), (2, 8), (4, 8), (3, 8)]
@@ -610,10 +658,10 @@ def test_listed_bits_of_centres_reach_the_report_and_the_kernels(tmp_path, mode)
 
 
 @pytest.mark.slow
-def test_learned_scales_and_ranges_in_all_formats(tmp_path):
+def test_learned_scales_and_ranges_in_all_formats(tmp_path, pretrained):
   """As in the README: int8 files are off by a step of the 8-bit output, OpenVINO's by two."""
   arguments = ['--uql_weight_range=learned', '--uql_activation_range=learned']
-  assert run(tmp_path, *UNIFORM, *arguments, '--export_formats=all') == 0
+  assert run(tmp_path, *UNIFORM, *arguments, pretrained, '--export_formats=all') == 0
   report = json.loads((tmp_path / 'report.json').read_text())
   kinds = {
     place['transform'] for place in json.loads((tmp_path / 'plan.json').read_text())['placements']

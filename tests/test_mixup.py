@@ -95,6 +95,7 @@ CHANNEL = (
   '--enbl_dst',
   '--export_formats=none',
   '--batch_size=32',
+  '--nb_epochs_rat=0.01',
 )
 
 

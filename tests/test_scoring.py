@@ -8,7 +8,8 @@ from keras import layers
 from evaluators.classification import Classification
 from pocketsize import calibration, targets
 from pocketsize.allocation.scoring import Scorer
-from pocketsize.graph import Graph, copied
+from pocketsize.copies import copied
+from pocketsize.graph import Graph
 from pocketsize.inference import Inference
 from pocketsize.instrument import instrument
 from tests import toys

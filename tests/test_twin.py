@@ -81,13 +81,15 @@ def randomized(model):
 
 
 def assert_equal_outputs(model, *inputs):
-  """Between a model and its twin, within rounding, and weights that are as many."""
-  got = build_twin(model).model(inputs if len(inputs) > 1 else inputs[0], training=False)
+  """Between a model and its twin, which is returned, within rounding."""
+  built = build_twin(model)
+  got = built.model(inputs if len(inputs) > 1 else inputs[0], training=False)
   expected = model(list(inputs) if len(inputs) > 1 else inputs[0], training=False)
   for left, right in zip(keras.tree.flatten(expected), keras.tree.flatten(got), strict=True):
     assert tuple(left.shape) == tuple(right.shape)
     np.testing.assert_allclose(np.array(right), np.array(left), rtol=1e-4, atol=1e-4)
     assert np.ptp(np.array(left)) > 1e-3
+  return built
 
 
 def noise(shape, seed=0):
@@ -111,16 +113,14 @@ def test_a_layer_and_its_twin_compute_the_same(layer, shape):
   model = keras.Model(inputs, layer(inputs))
   if not isinstance(layer, layers.Normalization):
     randomized(model)
-  assert_equal_outputs(model, noise(shape))
-  assert build_twin(model).refused == {}
+  assert assert_equal_outputs(model, noise(shape)).refused == {}
 
 
 @pytest.mark.parametrize('name', MERGES)
 def test_a_merge_and_its_twin_compute_the_same(name):
   inputs = [keras.Input((4,)), keras.Input((4,))]
   model = keras.Model(inputs, MERGES[name]()(inputs))
-  assert_equal_outputs(model, noise((4,)), noise((4,), 1))
-  assert build_twin(model).refused == {}
+  assert assert_equal_outputs(model, noise((4,)), noise((4,), 1)).refused == {}
 
 
 def test_operators_several_inputs_and_several_outputs():
@@ -129,15 +129,13 @@ def test_operators_several_inputs_and_several_outputs():
   joined = ops.relu6(ops.maximum(one - other, ops.minimum(one, one * other)))
   padded = ops.pad(joined, ((0, 0), (0, 0), (0, 0), (1, 2)))
   model = keras.Model([one, other], [total, joined, padded])
-  assert_equal_outputs(model, noise((4, 4, 2)), noise((4, 4, 2), 1))
-  assert build_twin(model).refused == {}
+  assert assert_equal_outputs(model, noise((4, 4, 2)), noise((4, 4, 2), 1)).refused == {}
 
 
 @pytest.mark.parametrize('name', MODELS)
 def test_nested_and_shared_layers_are_laid_flat(name):
   model = randomized(MODELS[name]())
-  assert_equal_outputs(model, images(2))
-  found = build_twin(model)
+  found = assert_equal_outputs(model, images(2))
   assert found.refused == {}
   assert len(found.names) == len(Graph(model).nodes)
   names = [each for names in found.names for each in names]
@@ -206,11 +204,10 @@ def always_random(x):
   ],
 )
 def test_what_tf_keras_cannot_hold_is_computed_by_keras(make, reasons):
-  keras.backend.clear_session()
+  keras.backend.clear_session(free_memory=False)
   inputs = keras.Input(IMAGE)
   model = keras.Model(inputs, layers.Conv2D(2, 1)(make(inputs)))
-  assert_equal_outputs(model, noise(IMAGE))
-  found = build_twin(model)
+  found = assert_equal_outputs(model, noise(IMAGE))
   assert found.refused.keys() == reasons.keys()
   for path, reason in reasons.items():
     assert reason in found.refused[path]
@@ -223,14 +220,13 @@ def nodes_and_names(model, found):
 
 
 def test_what_reads_integers_or_a_mask_is_computed_by_keras():
-  keras.backend.clear_session()
+  keras.backend.clear_session(free_memory=False)
   inputs = keras.Input((5,), dtype='int32')
   x = layers.Embedding(3, 4, mask_zero=True, name='words')(layers.Reshape((5,), name='row')(inputs))
   x = layers.Dense(3, name='inside')(x)
   x = layers.GlobalAveragePooling1D(name='mean')(x)
   model = keras.Model(inputs, layers.Dense(2, name='head')(x))
-  assert_equal_outputs(model, np.array([[1, 2, 0, 0, 0], [2, 2, 1, 0, 0]]))
-  found = build_twin(model)
+  found = assert_equal_outputs(model, np.array([[1, 2, 0, 0, 0], [2, 2, 1, 0, 0]]))
   assert found.refused == {
     'row': 'the tf_keras twin has no Reshape of int32, it stays float',
     'words': 'the tf_keras twin has no Embedding, it stays float',
@@ -251,8 +247,7 @@ def test_images_of_any_size():
   inputs = keras.Input((None, None, 3))
   x = layers.Conv2D(2, 3, strides=2)(layers.ZeroPadding2D()(inputs))
   model = randomized(keras.Model(inputs, layers.GlobalAveragePooling2D()(x)))
-  assert build_twin(model).refused == {}
-  assert_equal_outputs(model, images(2, size=9))
+  assert assert_equal_outputs(model, images(2, size=9)).refused == {}
 
 
 def test_a_layer_of_tf_keras_that_computes_something_else_is_not_used(monkeypatch):
@@ -260,5 +255,5 @@ def test_a_layer_of_tf_keras_that_computes_something_else_is_not_used(monkeypatc
   monkeypatch.setitem(twin._ARGUMENTS, 'ReLU', ('max_value',))
   inputs = keras.Input(IMAGE)
   model = keras.Model(inputs, layers.ReLU(0.5, name='relu')(inputs))
-  assert 'no ReLU that computes the same (off by ' in build_twin(model).refused['relu']
-  assert_equal_outputs(model, noise(IMAGE))
+  refused = assert_equal_outputs(model, noise(IMAGE)).refused
+  assert 'no ReLU that computes the same (off by ' in refused['relu']

@@ -6,7 +6,8 @@ import prunable
 import pytest
 from channels import inputs_of, randomized
 
-from pocketsize.graph import Graph, copied
+from pocketsize.copies import copied
+from pocketsize.graph import Graph
 from pocketsize.pruning import walk as walk_module
 from pocketsize.pruning.walk import Walk
 

@@ -5,7 +5,7 @@ import numpy as np
 import tensorflow as tf
 
 from pocketsize import calibration
-from pocketsize.graph import copied
+from pocketsize.copies import copied
 from pocketsize.inference import Inference
 from pocketsize.instrument import instrument
 

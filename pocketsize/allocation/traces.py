@@ -25,9 +25,9 @@ import numpy as np
 import tensorflow as tf
 
 from pocketsize import targets
+from pocketsize.copies import copied
 from pocketsize.errors import UserError
 from pocketsize.files import write_json
-from pocketsize.graph import copied
 from pocketsize.inference import Inference
 
 _IN_A_ROW = 3

@@ -11,7 +11,8 @@ import keras
 import numpy as np
 
 from pocketsize.channel_graph import ChannelGraph
-from pocketsize.graph import Graph, copied
+from pocketsize.copies import copied
+from pocketsize.graph import Graph
 from pocketsize.pruning import units as units_module
 from pocketsize.pruning.gram import Problem
 from pocketsize.pruning.sampling import Sampling
