@@ -109,9 +109,10 @@ class Stack(Compressor):
     return all(compressor.trains_source for compressor in self.compressors)
 
   def bind(self, model):
+    # What they bind to trains what the stack trains.
+    model.stack = self
     for compressor in self.compressors:
       compressor.bind(model)
-    model.stack = self
 
   def update(self, step):
     self.step = step
@@ -176,8 +177,9 @@ class CompressionCallback(keras.callbacks.Callback):
     if self.stack.stage(self.step) is Stage.PARTIAL:
       warnings.warn(
         f'After {self.step} steps the compression is on its way: its schedule ends later, or '
-        'weights of an earlier step were restored. Train on before the model is stripped or '
-        'exported, or give an end_step before the first epoch whose weights may be the best.',
+        'weights of an earlier step were restored. Before the model is stripped or exported, train '
+        'on (where weights were restored, with a `step` of this callback before end_step), or give '
+        'an end_step before the first epoch whose weights may be the best.',
         stacklevel=2,
       )
 

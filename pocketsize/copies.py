@@ -4,7 +4,7 @@ import random
 
 import keras
 
-from pocketsize.errors import UserError
+from pocketsize.errors import UserError, first_sentence
 from pocketsize.graph import Graph
 
 
@@ -53,5 +53,5 @@ def _check_copyable(path, layer):
     raise UserError(
       f'Layer {path!r} cannot be made again from its configuration, as for a file: give it '
       'functions and classes that are registered with keras.saving.register_keras_serializable, '
-      f'and no lambda. Received: {type(error).__name__}: {str(error).splitlines()[0]}'
+      f'and no lambda. Received: {type(error).__name__}: {first_sentence(error)}.'
     ) from error

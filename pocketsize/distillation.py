@@ -125,7 +125,7 @@ class Distillation(Compressor):
         only_output(each.outputs)
     if self.config.feature_weight:
       self._picks = self._compared(model.graph)
-    taught = {id(variable) for variable in model.source.trainable_variables}
+    taught = {id(variable) for variable in model.trainable_variables}
     self._is_taught = any(id(variable) in taught for variable in self.teacher.variables)
 
   def update(self, step):

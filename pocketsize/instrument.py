@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 from keras.src.backend.common.stateless_scope import in_stateless_scope
+from keras.src.backend.common.variables import AutocastScope
 
 from pocketsize import fused_bn
 from pocketsize.calls import call_with_weights, with_preactivation
@@ -32,8 +33,7 @@ class Instrumented(keras.Model):
   """
 
   def __init__(self, source, placements=(), name=None, **kwargs):
-    # Of mixed precision the layers keep their own; here it would round weights before transforms.
-    super().__init__(name=name or source.name, dtype='float32', **kwargs)
+    super().__init__(name=name or source.name, **kwargs)
     self.source = source
     self.graph = Graph(source)
     self.stack = None
@@ -117,7 +117,9 @@ class Instrumented(keras.Model):
 
   def transformed(self, path, point, training=False, before=None):
     """Returns a layer's weight, a tensor, after its transforms, or those `before` one of them."""
-    value = keras.ops.convert_to_tensor(getattr(self.graph.layers[path], point))
+    # Mixed precision would round it before the transforms; the layer casts what it gets.
+    with AutocastScope(None):
+      value = tf.convert_to_tensor(getattr(self.graph.layers[path], point))
     for transform in self.transforms_at(path, point):
       if transform is before:
         break

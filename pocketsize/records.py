@@ -27,7 +27,7 @@ def fed(inner, node, path):
     node: Keras' record of the call.
     path: of the nested model.
   """
-  given = (*node.arguments.args, *node.arguments.kwargs.values())[0]
+  (given, *_), _ = with_first_by_position(inner, node.arguments.args, node.arguments.kwargs)
   if len(node.input_tensors) > len(keras.tree.flatten(given)):
     # Keras records the mask that a tensor carries as one more argument.
     raise UserError(
@@ -35,8 +35,12 @@ def fed(inner, node, path):
       'layers in files: put them into the outer model, or mask behind it. '
       f'Received: {len(node.input_tensors)} tensors for {len(inner.inputs)} inputs.'
     )
-  if isinstance(given, dict) and not isinstance(inner._inputs_struct, dict):
-    return [given[symbol.name] for symbol in inner.inputs]
+  if isinstance(given, dict):
+    # Others of its tensors are not read.
+    struct = inner._inputs_struct
+    if not isinstance(struct, dict):
+      return [given[symbol.name] for symbol in inner.inputs]
+    given = {name: given[name] for name in struct}
   return keras.tree.flatten(given)
 
 

@@ -10,7 +10,7 @@ from keras import layers
 from toys import compile_for_logits, conv_net, images, labels
 
 from pocketsize.compressor import CompressionCallback, Stack, Stage
-from pocketsize.configure import attach
+from pocketsize.configure import attach, stack_from
 from pocketsize.distillation import (
   Distillation,
   DistillationConfig,
@@ -134,6 +134,14 @@ def test_a_teacher_that_is_the_student_is_refused_before_the_first_step(feature_
   copy = keras.models.clone_model(model)
   copy.set_weights(model.get_weights())
   stack = Stack([Distillation(copy, config)])
+  attach(model, stack)
+  stack.update(0)
+
+
+def test_the_model_itself_may_teach_where_only_centres_train():
+  model = conv_net()
+  centres = [{'algorithm': 'non-uniform', 'weight_bits': 2, 'mode': 'clusters'}]
+  stack = Stack([*stack_from(centres).compressors, Distillation(model)])
   attach(model, stack)
   stack.update(0)
 

@@ -205,8 +205,17 @@ def test_a_nested_model_takes_a_list_of_inputs_by_their_names():
   nested = keras.Model([z, a], z - 2 * a)
   p, q = keras.Input((3,), name='p'), keras.Input((3,), name='q')
   x = [np.ones((1, 3), 'float32'), np.full((1, 3), 5, 'float32')]
-  for unread in ({}, {'other': keras.ops.relu(p)}):
-    model = keras.Model([p, q], nested({'z': p, 'a': q, **unread}))
+  by_name = keras.Model({'z': z, 'a': a}, z - 2 * a)
+  given = {'z': p, 'a': q}
+  calls = [
+    nested(given),
+    nested({**given, 'other': keras.ops.relu(p)}),
+    nested(training=False, inputs=given),
+    by_name(given),
+    by_name({**given, 'other': keras.ops.relu(p)}),
+  ]
+  for outputs in calls:
+    model = keras.Model([p, q], outputs)
     np.testing.assert_array_equal(model(x), np.full((1, 3), -9.0))
     np.testing.assert_array_equal(Graph(model).run(x)[0], np.full((1, 3), -9.0))
 
@@ -236,6 +245,21 @@ def test_a_layer_with_a_lambda_is_named_when_it_cannot_be_copied():
   model = keras.Model(inputs, keras.Model(inputs, inner, name='nested')(inputs))
   with pytest.raises(UserError, match="Layer 'nested/own' .* registered with keras.*no lambda"):
     copied(model)
+
+
+def test_a_layer_without_a_configuration_is_named_with_the_reason():
+  class Around(layers.Layer):
+    def __init__(self, inner):
+      super().__init__(name='around')
+      self.inner = inner
+
+    def call(self, x):
+      return self.inner(x)
+
+  inputs = keras.Input((3,))
+  graph = Graph(keras.Model(inputs, Around(layers.Dense(2))(inputs)))
+  with pytest.raises(UserError, match=r"Layer 'around' .* Received: NotImplementedError: \w+"):
+    check_copyable(graph)
 
 
 def test_a_check_changes_no_model_that_is_made_after_it():

@@ -619,6 +619,16 @@ def test_transforms_get_weights_as_they_are_in_mixed_precision(policy):
   assert keras.backend.standardize_dtype(outputs.dtype) == policy.removeprefix('mixed_')
 
 
+def test_losses_are_scaled_in_mixed_precision():
+  keras.config.set_dtype_policy('mixed_float16')
+  try:
+    overlay = masked(conv_net())
+    overlay.compile('sgd', 'mse')
+  finally:
+    keras.config.set_dtype_policy('float32')
+  assert isinstance(overlay.optimizer, keras.optimizers.LossScaleOptimizer)
+
+
 def test_dictionary_models_keep_their_structure():
   first, second = keras.Input((3,), name='first'), keras.Input((3,), name='second')
   model = keras.Model(
