@@ -35,12 +35,27 @@ def fed(inner, node, path):
       'layers in files: put them into the outer model, or mask behind it. '
       f'Received: {len(node.input_tensors)} tensors for {len(inner.inputs)} inputs.'
     )
+  return in_order(inner, given)
+
+
+def input_names(top):
+  """Returns the names by which a `Functional` model takes its inputs from a dictionary."""
+  struct = top._inputs_struct
+  return list(struct) if isinstance(struct, dict) else [symbol.name for symbol in top.inputs]
+
+
+def in_order(top, given):
+  """Returns a list of what is given to a `Functional` model, in the order of its inputs.
+
+  Args:
+    top: the model.
+    given: one for each input, as the model takes them: alone, in a list, or in a dictionary, of
+      which it may read a part.
+  """
   if isinstance(given, dict):
-    # Others of its tensors are not read.
-    struct = inner._inputs_struct
-    if not isinstance(struct, dict):
-      return [given[symbol.name] for symbol in inner.inputs]
-    given = {name: given[name] for name in struct}
+    picked = {name: given[name] for name in input_names(top)}
+    # Keras sorts a dictionary by its keys, in a model's inputs as in what is flattened here.
+    given = picked if isinstance(top._inputs_struct, dict) else list(picked.values())
   return keras.tree.flatten(given)
 
 

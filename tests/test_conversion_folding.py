@@ -40,11 +40,12 @@ NETS = {
   'one output': lambda: [layers.Flatten(), _dense(1), layers.Rescaling(90.0)],
   'shifted image': lambda: [layers.Rescaling(1.0, 3.0), _conv()],
   'linear': lambda: [layers.Flatten(), _dense(8), _dense(3, 'second')],
-  'shifted output': lambda: [
+  'shifted between': lambda: [_conv(), layers.Rescaling(1.0, 3.0), layers.Conv2D(4, 3)],
+  'shifted dense': lambda: [
     layers.Flatten(),
     _dense(8),
     layers.Rescaling(1.0, 3.0),
-    layers.ReLU(),
+    _dense(3, 'b'),
   ],
 }
 
@@ -66,7 +67,7 @@ def test_weights_alone_are_not_folded_into_constants(name, tmp_path):
     assert 'integer weights' in file.note
 
 
-@pytest.mark.parametrize('name', ['scaled output', 'between', 'shifted output'])
+@pytest.mark.parametrize('name', ['scaled output', 'between', 'shifted between', 'shifted dense'])
 def test_what_is_between_a_layer_and_its_rounding_is_not_folded_into_the_kernel(name, tmp_path):
   model, x = _compressed(name, BOTH)
   expected = np.asarray(model(x))

@@ -142,8 +142,11 @@ def test_the_model_itself_may_teach_where_only_centres_train():
   model = conv_net()
   centres = [{'algorithm': 'non-uniform', 'weight_bits': 2, 'mode': 'clusters'}]
   stack = Stack([*stack_from(centres).compressors, Distillation(model)])
-  attach(model, stack)
-  stack.update(0)
+  student = compile_for_logits(attach(model, stack))
+  kernel = np.array(model.get_layer('conv0').kernel)
+  student.fit(images(), labels(), verbose=0, callbacks=[CompressionCallback(stack)])
+  assert stack.step == 1
+  np.testing.assert_array_equal(model.get_layer('conv0').kernel, kernel)
 
 
 def test_a_teacher_may_share_what_does_not_train():
@@ -152,8 +155,11 @@ def test_a_teacher_may_share_what_does_not_train():
   frozen = keras.Model(teacher.inputs, teacher.get_layer('pool').output)
   student = keras.Model(frozen.inputs, layers.Dense(4, name='new')(frozen.outputs[0]))
   stack = Stack([Distillation(teacher)])
-  attach(student, stack)
-  stack.update(0)
+  model = compile_for_logits(attach(student, stack))
+  kernel = np.array(teacher.get_layer('conv0').kernel)
+  model.fit(images(), labels(), verbose=0, callbacks=[CompressionCallback(stack)])
+  assert stack.step == 1
+  np.testing.assert_array_equal(teacher.get_layer('conv0').kernel, kernel)
 
 
 def residual_net(inner, seed, trunk=4):

@@ -146,4 +146,4 @@ def test_no_recipe_has_idle_flags(recipe, monkeypatch):
   configs |= {'run': RunConfig, 'net': resnet_at_cifar10.ModelHelper.Config}
   values = flags.parse(['run.py', f'--flagfile=configs/{recipe}'], configs)
   run = flags.make(values, RunConfig)
-  flags.make(values, configs[run.learner])
+  assert isinstance(flags.make(values, configs[run.learner]), configs[run.learner])

@@ -1,7 +1,6 @@
 """The arrays of a batch, in the order of a model's inputs."""
 
-import keras
-
+from pocketsize import records
 from pocketsize.errors import UserError
 from pocketsize.graph import functional
 
@@ -20,14 +19,10 @@ def in_order(model, batch):
     UserError: there are other arrays than the model has inputs.
   """
   top = functional(model)
-  struct = top._inputs_struct
-  names = list(struct) if isinstance(struct, dict) else [symbol.name for symbol in top.inputs]
+  names = records.input_names(top)
   if isinstance(batch, dict):
     _refuse_unless(set(batch) >= set(names), model, names, list(batch))
-    # Keras sorts a dict by its keys, in a model's inputs as in what is flattened here.
-    picked = {name: batch[name] for name in names}
-    batch = picked if isinstance(struct, dict) else list(picked.values())
-  arrays = keras.tree.flatten(batch)
+  arrays = records.in_order(top, batch)
   _refuse_unless(len(arrays) == len(top.inputs), model, names, f'{len(arrays)} arrays')
   return arrays
 
