@@ -58,7 +58,7 @@ class WeightSparse(Allotting):
     )
     ws_mask_update_step: float = option(500, 'steps between two updates of the masks', lower=1)
 
-    ws_nb_rlouts: int = option(200, 'roll-outs of a search', lower=1)
+    ws_nb_rlouts: int = option(200, 'roll-outs of a search', lower=2)
     ws_nb_rlouts_min: int = option(50, 'roll-outs before the agent is trained', lower=1)
     ws_reward_type: str = option(
       'single-obj',
@@ -67,15 +67,10 @@ class WeightSparse(Allotting):
       choices=('single-obj', 'multi-obj'),
     )
     ws_nb_iters_rg: int = option(
-      0,
-      "steps that bring each layer near to the float model's in a roll-out, shared among the "
-      'workers',
-      lower=0,
+      0, "steps that bring each layer near to the float model's in a roll-out", lower=0
     )
     ws_lrn_rate_rg: float = option(0.03, 'learning rate of Adam for ws_nb_iters_rg', above=0)
-    ws_nb_iters_ft: int = option(
-      0, 'training steps of a roll-out, shared among the workers', lower=0
-    )
+    ws_nb_iters_ft: int = option(0, 'training steps of a roll-out', lower=0)
     ws_lrn_rate_ft: float = option(3e-4, 'learning rate of Adam for ws_nb_iters_ft', above=0)
 
     ws_nb_smpls_refit: int = option(
@@ -143,8 +138,12 @@ class WeightSparse(Allotting):
     if sum(sizes[path] for path in ends) <= _SMALL_ENDS * sum(sizes.values()):
       choices |= dict.fromkeys(ends, (0.0,))
     variables = costs.ratio_variables(graph, choices)
-    budget = kept if self.config.ws_reward_type == 'single-obj' else None
-    return Problem(variables, costs.density(graph, variables), budget)
+    if self.config.ws_reward_type != 'single-obj':
+      return Problem(variables, costs.density(graph, variables))
+    # The common ratio stays a choice, though whole weights may come to a few less.
+    common = costs.ratio_variables(graph, [self.config.ws_prune_ratio])
+    rounded = costs.density(graph, common).of([0] * len(common))
+    return Problem(variables, costs.density(graph, variables), max(kept, rounded))
 
   def task(self, model):
     """Returns the `Task` of a float model."""
@@ -152,15 +151,11 @@ class WeightSparse(Allotting):
     problem = self.problem(graph)
     tuning = None
     if self.config.trains_roll_outs:
-      regression, training = (
-        math.ceil(steps / self.runtime.size)
-        for steps in (self.config.ws_nb_iters_rg, self.config.ws_nb_iters_ft)
-      )
       tuning = Tuning(
         lambda ratios: [Magnitude(self._rules(ratios, 0, 0))],
-        regression,
+        self.config.ws_nb_iters_rg,
         self.config.ws_lrn_rate_rg,
-        training,
+        self.config.ws_nb_iters_ft,
         self.config.ws_lrn_rate_ft,
         '--ws_lrn_rate_rg, --ws_lrn_rate_ft',
       )

@@ -60,11 +60,7 @@ def assert_refused(folder, capfd, arguments, sentence):
     ),
     ([*CENTRES, '--nuql_equivalent_bits=9'], 'Received: 9.0, with 2 and 8.'),
     ([*CENTRES, '--nuql_w_bit_max=9'], '--nuql_w_bit_max must be one of 1, 2, 3, 4, 5, 6, 7, 8.'),
-    ([*BITS, '--uql_nb_rlouts=0'], '--uql_nb_rlouts must be an integer at least 1'),
-    (
-      [*BITS, '--uql_nb_rlouts=1', '--search_start=sensitivity'],
-      '--uql_nb_rlouts must be at least 2. Received: 1.',
-    ),
+    ([*BITS, '--uql_nb_rlouts=1'], '--uql_nb_rlouts must be an integer at least 2'),
     # Images.
     (
       [*SPARSE, '--nb_smpls_val=2000'],
@@ -209,10 +205,6 @@ def assert_refused(folder, capfd, arguments, sentence):
       '--cp_uniform_preserve_ratio has no effect without --cp_prune_option=uniform',
     ),
     (
-      [*CHANNEL, '--cp_reward_policy=flops', '--cp_preserve_ratio=0.4'],
-      '--cp_preserve_ratio has no effect without --cp_reward_policy=accuracy',
-    ),
-    (
       [*CHANNEL, '--cp_noise_tolerance=0.4'],
       '--cp_noise_tolerance has no effect without --cp_reward_policy=flops',
     ),
@@ -257,7 +249,7 @@ def test_a_net_whose_channels_all_stay_whole(tmp_path, capfd, monkeypatch):
 
 
 def test_a_net_whose_ends_are_more_than_what_may_stay(tmp_path, capfd, monkeypatch):
-  """They stay whole, being small, with 784 of 23824 weights."""
+  """They stay whole, being small, with 784 of 23824 weights; 2 % are 477 in whole weights."""
   monkeypatch.setattr(weight_sparse, '_SMALL_ENDS', 0.04)
-  sentence = 'share of weights kept. Received: at most 0.02.'
+  sentence = 'share of weights kept. Received: at most 0.0200218.'
   assert_refused(tmp_path, capfd, [*SPARSE, '--ws_prune_ratio=0.98'], sentence)

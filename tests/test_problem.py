@@ -118,3 +118,19 @@ def test_problems_that_make_no_sense():
     Problem([Variable('a', ())], cost)
   with pytest.raises(UserError, match='cheapest has 5 mean weight bits. Received: at most 4.9'):
     bits_problem(4.9)
+
+
+@pytest.mark.parametrize(
+  ('places', 'table', 'message'),
+  [
+    ((0,), [3.0, 1.0], 'Costs must not fall along the choices. Received: those of a do.'),
+    ((0, 1), [[1.0, 2.0, 3.0], [1.0, 3.0, 2.0]], 'Received: those of a, b do.'),
+    ((0,), [1.0, np.nan], 'Received: those of a do.'),
+    ((0,), [1.0, 2.0, 3.0], r'of \(2,\) choices. Received: shape \(3,\).'),
+    ((1, 0), [[1.0, 2.0, 3.0], [2.0, 3.0, 4.0]], r'of \(3, 2\) choices. Received: shape \(2, 3\)'),
+  ],
+)
+def test_tables_by_which_the_cheapest_would_not_be_the_cheapest(places, table, message):
+  variables = [Variable('a', (1, 2)), Variable('b', (1, 2, 3))]
+  with pytest.raises(UserError, match=message):
+    Problem(variables, Cost('units', [Term(places, np.array(table))]), 9.0)

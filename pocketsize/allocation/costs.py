@@ -13,6 +13,7 @@ from pocketsize import cost, targets
 from pocketsize.allocation.problem import Cost, Term, Variable
 from pocketsize.errors import UserError
 from pocketsize.quantization.placing import FLOAT_BITS
+from pocketsize.sparsity.magnitude import dropped
 
 # The most bits that runtimes compute in integers; more is computed in float.
 INTEGER_BITS = 8
@@ -71,6 +72,8 @@ def described(choices, features):
     choices: {name: choices in the order of rising cost}.
     features: [variables] tuples of numbers, none negative.
   """
+  if not choices:
+    return []
   columns = np.array(features, float).reshape(len(choices), -1)
   columns = columns / np.maximum(columns.max(axis=0, initial=0.0), np.finfo(float).tiny)
   return [
@@ -106,25 +109,23 @@ def weights(graph, paths):
     UserError: a path of no layer with weights.
   """
   _check_paths(graph, paths)
-  return np.array(
-    [
-      sum(
-        math.prod(getattr(graph.layers[path], point).shape)
-        for point in targets.weight_points(graph.layers[path])
-      )
-      for path in paths
-    ]
-  )
+  return np.array([sum(_kernel_sizes(graph, path)) for path in paths])
+
+
+def _kernel_sizes(graph, path):
+  """Returns how many weights each kernel of a layer has."""
+  layer = graph.layers[path]
+  return [math.prod(getattr(layer, point).shape) for point in targets.weight_points(layer)]
 
 
 def _sizes(graph, variables):
   return weights(graph, [variable.name for variable in variables])
 
 
-def _linear(name, variables, factors, constant=0.0, of=lambda value: value):
-  """Returns the `Cost` sum_i factor_i of(value_i)."""
+def _linear(name, variables, factors, constant=0.0):
+  """Returns the `Cost` sum_i factor_i value_i."""
   terms = [
-    Term((place,), factor * np.array([of(value) for value in variable.choices], float))
+    Term((place,), factor * np.array(variable.choices, float))
     for place, (variable, factor) in enumerate(zip(variables, factors, strict=True))
   ]
   return Cost(name, terms, float(constant))
@@ -206,12 +207,16 @@ def _times(graph, table):
 
 
 def density(graph, variables):
-  """Returns the share of the variables' weights that is kept: sum_i n_i (1 - r_i) / sum_i n_i.
+  """Returns the share of the variables' weights that is kept, whole weights as masks drop them.
 
   Args:
     graph: a `Graph`.
     variables: of ratios, see `ratio_variables`.
   """
-  sizes = _sizes(graph, variables)
-  factors = sizes / sizes.sum()
-  return _linear('share of weights kept', variables, factors, of=lambda ratio: 1.0 - ratio)
+  total = _sizes(graph, variables).sum()
+  terms = []
+  for place, variable in enumerate(variables):
+    sizes = _kernel_sizes(graph, variable.name)
+    kept = [sum(size - dropped(size, ratio) for size in sizes) for ratio in variable.choices]
+    terms.append(Term((place,), np.array(kept) / total))
+  return Cost('share of weights kept', terms)

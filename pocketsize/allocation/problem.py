@@ -70,7 +70,8 @@ class Problem:
     budget: the largest legal cost; None for none.
 
   Raises:
-    UserError: there is no variable, one has no choice, or the cheapest choices exceed the budget.
+    UserError: there is no variable, one has no choice, a table does not fit the choices or falls
+      along them, or the cheapest choices exceed the budget.
   """
 
   def __init__(self, variables, cost, budget=None):
@@ -83,6 +84,8 @@ class Problem:
     self.cost = cost
     self.budget = math.inf if budget is None else float(budget)
     self.sizes = np.array([len(variable.choices) for variable in self.variables])
+    for term in cost.terms:
+      self._check(term)
     least = cost.of(self.lowest)
     if not self._fits(least):
       raise UserError(
@@ -168,6 +171,20 @@ class Problem:
       lower = [levels - (np.arange(len(levels)) == place) for place in candidates]
       levels = min(lower, key=self.cost.of)
     return levels
+
+  def _check(self, term):
+    """Raises a UserError for a `Term` by which the cheapest choice would not be the cheapest."""
+    table, sizes = np.asarray(term.table), tuple(self.sizes[list(term.places)].tolist())
+    if table.shape != sizes:
+      raise UserError(
+        f'A table of costs must have an axis for each of its variables, of {sizes} choices. '
+        f'Received: shape {table.shape}.'
+      )
+    steps = [np.diff(table, axis=axis) for axis in range(table.ndim)]
+    # Also refuses what is not a number.
+    if not all((step >= -_ROUNDING * (1.0 + np.abs(table).max())).all() for step in steps):
+      names = ', '.join(self.variables[place].name for place in term.places)
+      raise UserError(f'Costs must not fall along the choices. Received: those of {names} do.')
 
   def _fits(self, cost):
     return cost <= self.budget * (1.0 + _ROUNDING) + _ROUNDING

@@ -17,10 +17,15 @@ from pocketsize.errors import UserError
 from pocketsize.transform import Placement, Transform
 
 
+def dropped(size, ratio):
+  """Returns how many of `size` weights a ratio drops: the nearest whole number of them."""
+  return round(ratio * size)
+
+
 def magnitude_mask(kernel, ratio):
   """Returns a 0/1 float32 mask of the kernel's shape that drops its smallest weights.
 
-  Exactly round(ratio * size) weights are dropped; among equal magnitudes the first go first.
+  Exactly `dropped(size, ratio)` weights are dropped; among equal magnitudes the first go first.
 
   Args:
     kernel: float array.
@@ -28,7 +33,7 @@ def magnitude_mask(kernel, ratio):
   """
   magnitude = np.abs(np.asarray(kernel)).ravel()
   mask = np.ones(magnitude.size, np.float32)
-  mask[np.argsort(magnitude, kind='stable')[: round(ratio * magnitude.size)]] = 0.0
+  mask[np.argsort(magnitude, kind='stable')[: dropped(magnitude.size, ratio)]] = 0.0
   return mask.reshape(np.shape(kernel))
 
 
@@ -161,7 +166,7 @@ class Magnitude(Compressor):
     # Weights that were restored may have brought masks of an earlier step.
     for config, _, transform in self._masks:
       mask = np.array(transform.mask)
-      if np.sum(mask == 0.0) < round(config.ratio_at(config.last_step) * mask.size):
+      if np.sum(mask == 0.0) < dropped(mask.size, config.ratio_at(config.last_step)):
         return Stage.PARTIAL
     return Stage.FULL
 
