@@ -29,6 +29,10 @@ INTEGER_RUNTIMES = {
 }
 
 
+# Of the grid of a layer's counts, at most: with pairs of them a layer has some 300 entries.
+_STEPS = 16
+
+
 class LatencyTable:
   """Times of layers by their counts of channels, in ms; a layer is timed when first asked for.
 
@@ -38,7 +42,8 @@ class LatencyTable:
   Args:
     format: one of `RUNTIMES` or `INTEGER_RUNTIMES`.
     path: of the JSON file that keeps the entries; in memory only if None.
-    multiple: step of the grid, at least 1; a layer's whole counts belong to the grid too.
+    multiple: step of the grid, at least 1; of layers with more than 16 steps to a whole count so
+      many times it that there are 16. Whole counts belong to the grid too.
     timer: `timer(layer, shape)` gives the ms of a new Keras layer that reads `shape`, without
       batch; `LayerTimer` if None.
     is_complete: the file at `path` has all layers that will be asked for: none is timed.
@@ -86,12 +91,22 @@ class LatencyTable:
     return self._interpolated(Call(layer, shape), inputs, outputs)
 
   def _interpolated(self, call, inputs, outputs):
-    step = math.lcm(self.multiple, call.groups)
+    in_step, out_step = self._steps(call)
     return sum(
       in_part * out_part * self._entry(call, in_point, out_point)
-      for in_point, in_part in _points(inputs or call.inputs, call.inputs, step, call.groups)
-      for out_point, out_part in _points(outputs or call.outputs, call.outputs, step, call.groups)
+      for in_point, in_part in _points(inputs or call.inputs, call.inputs, in_step, call.groups)
+      for out_point, out_part in _points(
+        outputs or call.outputs, call.outputs, out_step, call.groups
+      )
     )
+
+  def _steps(self, call):
+    """Returns the grid's steps of inputs and of outputs, 1 where a layer has no such count."""
+    least = math.lcm(self.multiple, call.groups)
+    return [
+      least * math.ceil(whole / (_STEPS * least)) if whole else 1
+      for whole in (call.inputs, call.outputs)
+    ]
 
   def _entry(self, call, inputs, outputs):
     entries = self._entries.setdefault(call.signature, {})
@@ -178,11 +193,13 @@ class SizedCall(NamedTuple):
     inputs, outputs: functions from `kept`, which counts the kept ones among ids, to the channels
       that the layer then reads and makes; None for outputs that follow from the inputs.
     milliseconds: function from both counts to the time of the call.
+    steps: pair of those of the table's grid, between whose points the time is bilinear.
   """
 
   inputs: object
   outputs: object
   milliseconds: object
+  steps: tuple
 
 
 def sized_calls(channels, table):
@@ -219,7 +236,9 @@ def _sized(channels, table, node, read):
     changed = channels.changes.get(node.operation, lambda kept: {})(kept)
     return next((changed[name] for name in COUNTS if name in changed), call.outputs)
 
-  return SizedCall(inputs, outputs, functools.partial(table._interpolated, call))
+  return SizedCall(
+    inputs, outputs, functools.partial(table._interpolated, call), tuple(table._steps(call))
+  )
 
 
 def _predictor(channels, table):

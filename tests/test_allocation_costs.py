@@ -11,14 +11,15 @@ import toys
 from keras import layers
 
 from pocketsize import cost
-from pocketsize.allocation import channel_costs, costs
-from pocketsize.allocation.problem import Variable
+from pocketsize.allocation import channel_costs, channel_latency, costs
+from pocketsize.allocation.problem import Problem, Variable
 from pocketsize.channel_graph import ChannelGraph
 from pocketsize.errors import UserError
 from pocketsize.graph import Graph
 from pocketsize.latency import LatencyTable, predicted
 from pocketsize.pruning.units import units
 from pocketsize.shrink import shrink
+from pocketsize.sparsity.magnitude import magnitude_mask
 
 
 @pytest.fixture(scope='module')
@@ -98,6 +99,26 @@ def test_the_share_of_weights_kept_by_hand(graph):
   assert kept.name == 'share of weights kept'
   assert kept.of([0, 1]) == pytest.approx((27 + 108) / 252)
   assert kept.of([1, 0]) == pytest.approx((108 + 72) / 252)
+
+
+@pytest.mark.parametrize('ratio', [0.1, 0.26, 0.5, 0.74])
+def test_the_share_that_is_kept_is_that_of_the_masks(graph, ratio):
+  variables = costs.ratio_variables(graph, {'conv0': (ratio,), 'conv1': (ratio,)})
+  masks = [magnitude_mask(graph.layers[path].kernel, ratio) for path in ('conv0', 'conv1')]
+  kept = sum(mask.sum() for mask in masks) / sum(mask.size for mask in masks)
+  assert costs.density(graph, variables).of([0, 0]) == pytest.approx(kept, abs=1e-9)
+
+
+def test_a_net_without_layers_to_allot_to():
+  inputs = keras.Input((8, 8, 3))
+  graph = Graph(keras.Model(inputs, layers.Flatten()(inputs)))
+  for make, choices, cost_of in (
+    (costs.bit_variables, [4, 8], costs.mean_bits),
+    (costs.ratio_variables, [0.5], costs.density),
+  ):
+    variables = make(graph, choices)
+    with pytest.raises(UserError, match='must be a layer to allot to. Received: no layers'):
+      Problem(variables, cost_of(graph, variables), 1.0)
 
 
 def timed(format_, milliseconds, **arguments):
@@ -262,11 +283,11 @@ def test_variables_of_units():
 
 @pytest.mark.parametrize('net', NETS)
 def test_latency_is_what_is_predicted(net):
-  """With times that are bilinear, as what depends on many units is taken to be."""
+  """With times that are bilinear, as the bound of what depends on many units is."""
   channels, rng = channels_of(net), np.random.default_rng(2)
   _, counts = count_choices(channels, rng, 'shared')
   table = timed('tflite', lambda inputs, outputs: 7 + inputs * (2 + 3 * outputs), multiple=1)
-  found = channel_costs.milliseconds(channels, counts, table)
+  found = channel_latency.milliseconds(channels, counts, table)
   assert all(len(term.places) <= 2 for term in found.terms)
   falls_along_none(found)
   for levels in [random_levels(counts, rng) for _ in range(5)]:
@@ -274,15 +295,70 @@ def test_latency_is_what_is_predicted(net):
     assert found.of(levels) == pytest.approx(predicted(channels, keep, table))
 
 
+@pytest.mark.parametrize('net', NETS)
+@pytest.mark.parametrize('multiple', [1, 3])
+def test_no_choice_takes_longer_than_it_costs(net, multiple):
+  """With times that rise in leaps, and less and less, where a plane through the ends is too low."""
+  channels, rng = channels_of(net), np.random.default_rng(5)
+  _, counts = count_choices(channels, rng, 'shared')
+  table = timed(
+    'tflite',
+    lambda inputs, outputs: math.sqrt(inputs) * (1 + outputs // 4) + math.log1p(outputs),
+    multiple=multiple,
+  )
+  found = channel_latency.milliseconds(channels, counts, table)
+  falls_along_none(found)
+  for levels in [random_levels(counts, rng) for _ in range(8)]:
+    keep = keep_of(channels, counts, levels, rng)
+    assert predicted(channels, keep, table) <= found.of(levels) * (1 + 1e-9)
+
+
+def test_a_depthwise_layer_that_reads_three_units_is_bounded():
+  inputs = keras.Input((4, 4, 3))
+  x = layers.Concatenate()([layers.Conv2D(4, 1, name=name)(inputs) for name in 'abc'])
+  x = layers.DepthwiseConv2D(3, name='depth')(x)
+  channels = ChannelGraph(keras.Model(inputs, layers.Conv2D(2, 1, name='head')(x)))
+  counts = dict.fromkeys('abc', [1, 2, 4])
+  table = timed('onnx', lambda inputs, outputs: math.sqrt(inputs) + outputs / 9, multiple=1)
+  found = channel_latency.milliseconds(channels, counts, table)
+  for levels in np.ndindex(3, 3, 3):
+    keep = {
+      name: np.arange(4) < counts[name][level] for name, level in zip('abc', levels, strict=True)
+    }
+    assert predicted(channels, keep, table) <= found.of(levels) * (1 + 1e-9)
+  assert found.of([0, 0, 0]) < found.of([2, 2, 2]) * 0.8
+
+
 @pytest.mark.parametrize('net', ['chain', 'projection', 'mobile'])
 def test_pairs_of_units_take_any_time(net):
   channels, rng = channels_of(net), np.random.default_rng(3)
   _, counts = count_choices(channels, rng, 'shared')
   table = timed('onnx', lambda inputs, outputs: math.sqrt(inputs) * (1 + outputs**1.5), multiple=1)
-  found = channel_costs.milliseconds(channels, counts, table)
+  found = channel_latency.milliseconds(channels, counts, table)
   for levels in [random_levels(counts, rng) for _ in range(5)]:
     keep = keep_of(channels, counts, levels, rng)
     assert found.of(levels) == pytest.approx(predicted(channels, keep, table))
+
+
+def test_counts_that_are_slower_than_larger_ones_are_no_choice():
+  """'a' makes 8 channels, of which 3 take as long as 5; 'b' is faster the smaller it is."""
+  x = inputs = keras.Input((4, 4, 1))
+  for name, filters in (('a', 8), ('b', 10), ('head', 2)):
+    x = layers.Conv2D(filters, 1, name=name)(x)
+  channels = ChannelGraph(keras.Model(inputs, x))
+  found, _ = units(channels)
+  variables, counts = channel_costs.unit_variables(
+    channels, found, {'a': [0.0, 0.25, 0.375, 0.625, 0.75], 'b': [0.0, 0.5]}
+  )
+  assert counts == {'a': [2, 3, 5, 6, 8], 'b': [5, 10]}
+  times = {2: 4.0, 3: 5.0, 5: 5.0, 6: 7.0, 8: 6.0}
+  table = timed(
+    'onnx', lambda inputs, outputs: times[outputs] if inputs == 1 else outputs / 9, multiple=1
+  )
+  faster, left = channel_latency.without_slower(channels, variables, counts, table)
+  assert left == {'a': [2, 5, 8], 'b': [5, 10]}
+  assert [variable.choices for variable in faster] == [(0.75, 0.375, 0.0), (0.5, 0.0)]
+  assert faster[0].features == variables[0].features
 
 
 @pytest.mark.parametrize('net', ['chain', 'dense_net', 'pad'])
@@ -290,7 +366,7 @@ def test_measured_times_that_fall_with_the_counts_are_held(net):
   channels, rng = channels_of(net), np.random.default_rng(4)
   _, counts = count_choices(channels, rng, 'shared')
   table = timed('onnx', lambda *each: rng.uniform(1, 2), multiple=1)
-  found = channel_costs.milliseconds(channels, counts, table)
+  found = channel_latency.milliseconds(channels, counts, table)
   falls_along_none(found)
   highest = [len(values) - 1 for values in counts.values()]
   assert found.of(highest) >= predicted(channels, {}, table) * (1 - 1e-9)

@@ -1,6 +1,7 @@
 """Latency tables with timers whose numbers can be worked out by hand; one that is timed."""
 
 import json
+from unittest.mock import ANY
 
 import channels as topologies
 import keras
@@ -9,7 +10,7 @@ import pytest
 from keras import layers
 from toys import conv_net
 
-from pocketsize import conversion, targets
+from pocketsize import conversion, latency, targets
 from pocketsize.channel_graph import ChannelGraph
 from pocketsize.conversion.formats import QUANTIZED_FORMATS
 from pocketsize.conversion.inspection import count_ops
@@ -80,6 +81,17 @@ def test_counts_between_the_points_of_the_grid(inputs, outputs, expected, entrie
   found = table_of(timer).milliseconds(layers.Conv2D(30, 3), (9, 9, 20), inputs, outputs)
   assert found == pytest.approx(expected + 100)
   assert len(timer.asked) == entries
+
+
+@pytest.mark.parametrize(
+  ('outputs', 'entries'),
+  [(256, ['16x256']), (1024, ['16x1024']), (960, ['16x960']), (970, ['16x960', '16x1024'])],
+)
+def test_wide_layers_have_a_wider_grid(outputs, entries):
+  """16 steps of 64 to 1024; what is 10 / 64 of the way from 960 on has that part of the time."""
+  table = table_of()
+  assert table.milliseconds(layers.Dense(1024), (16,), outputs=outputs) == 256 + outputs + 100
+  assert list(table._entries.values()) == [dict.fromkeys(entries, ANY)]
 
 
 def test_groups_and_depthwise_layers():
@@ -171,7 +183,9 @@ def test_tables_that_make_no_sense():
 
 
 @pytest.mark.parametrize('seed', range(3))
-def test_the_prediction_is_the_sum_over_the_smaller_model(seed):
+def test_the_prediction_is_the_sum_over_the_smaller_model(seed, monkeypatch):
+  # Every count is timed.
+  monkeypatch.setattr(latency, '_STEPS', 10**6)
   model, rng = mixed(), np.random.default_rng(seed)
   channels = ChannelGraph(model)
   scores = {group.name: rng.random(group.size) for group in channels.groups}

@@ -1,4 +1,4 @@
-"""What counts of channels cost: MACs, parameters and latency as tables of pruning units.
+"""What counts of channels cost: MACs and parameters as tables of pruning units.
 
 A layer's cost depends on the channels that it reads and on those that it makes, so tables are of
 pairs of units; what several units make together, such as a concatenation, is a sum over them. Where
@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from pocketsize import cost, latency
+from pocketsize import cost
 from pocketsize.allocation.costs import described
 from pocketsize.allocation.tables import Tables
 from pocketsize.pruning import units as pruning_units
@@ -96,34 +96,9 @@ def params(channels, counts):
   return tables.cost('share of parameters')
 
 
-def milliseconds(channels, counts, table):
-  """Returns the ms of `latency.predicted` as tables.
-
-  Times never fall with a count: where a smaller layer was measured slower, the larger one counts as
-  much. The time of a layer on which more than two units depend is taken as bilinear in its inputs
-  and outputs between the fewest and the most that the choices allow.
-
-  Args:
-    channels, counts: see `macs`.
-    table: a `LatencyTable`.
-
-  Raises:
-    UserError: see `latency.predicted`.
-  """
-  tables = Tables()
-  kept = _Kept(channels, counts)
-  for call in latency.sized_calls(channels, table):
-    places = sorted({*kept.places_of(call.inputs), *kept.places_of(call.outputs)})
-    if len(places) <= 2:
-      tables.add(tuple(places), _joint(call, places, kept))
-    else:
-      _add_bilinear(tables, call, kept)
-  return tables.cost('ms of layers')
-
-
 def _add_weight(tables, channels, counts, slices, amount):
   """Adds what of an amount is left when a weight shrinks along its slices."""
-  kept = _Kept(channels, counts)
+  kept = Kept(channels, counts)
   factors = []
   for part in slices:
     constant, values_by_place = kept.of(part.ids)
@@ -133,7 +108,7 @@ def _add_weight(tables, channels, counts, slices, amount):
   tables.add_product(amount, factors)
 
 
-class _Kept:
+class Kept:
   """How many of some channels stay, at which levels.
 
   Args:
@@ -179,47 +154,3 @@ class _Kept:
 
     count(kept)
     return found
-
-
-def _joint(call, places, kept):
-  """Returns the table of a call's times, over at most two places."""
-  sizes = {**kept.places_of(call.inputs), **kept.places_of(call.outputs)}
-  table = np.zeros([sizes[place] for place in places])
-  for levels in np.ndindex(table.shape):
-    at = kept.at(dict(zip(places, levels, strict=True)).get)
-    table[levels] = call.milliseconds(call.inputs(at), call.outputs(at))
-  for axis in range(table.ndim):
-    table = np.maximum.accumulate(table, axis)
-  return table
-
-
-def _add_bilinear(tables, call, kept):
-  """Adds T00 + (T10 - T00) u + (T01 - T00) v + (T11 - T10 - T01 + T00) u v.
-
-  u and v go from 0 to 1 with inputs and outputs from the fewest to the most.
-  """
-  (low, high, u), (least, most, v) = (_way(count, kept) for count in (call.inputs, call.outputs))
-  none = call.milliseconds(low, least)
-  wide, deep, both = (
-    call.milliseconds(*each) for each in ((high, least), (low, most), (high, most))
-  )
-  tables.add_product(none, [])
-  tables.add_product(max(wide - none, 0.0), [u])
-  tables.add_product(max(deep - none, 0.0), [v])
-  tables.add_product(max(both - wide - deep + none, 0.0), [u, v])
-
-
-def _way(count, kept):
-  """Returns (fewest, most, (0, {place: [choices] its part of the way between them}))."""
-  places = kept.places_of(count)
-  low, high = (count(kept.at(lambda place, level=level: level)) for level in (0, -1))
-  if low == high:
-    return low, high, (0.0, {})
-  parts = {}
-  for place, size in places.items():
-    found = [
-      count(kept.at(lambda each, place=place, level=level: level if each == place else 0))
-      for level in range(size)
-    ]
-    parts[place] = (np.array(found) - low) / (high - low)
-  return low, high, (0.0, parts)
