@@ -4,17 +4,23 @@ import json
 import math
 import types
 
+import keras
 import numpy as np
 import pytest
+from keras import layers
 
 from evaluators.classification import Classification
-from pocketsize.allocation import sensitivity, variants
+from pocketsize.allocation import costs, sensitivity, traces, variants
+from pocketsize.allocation.exact import minimise
 from pocketsize.allocation.problem import Cost, Problem, Term, Variable
 from pocketsize.allocation.scoring import Scorer
 from pocketsize.allocation.variants import Variants
 from pocketsize.errors import UserError
+from pocketsize.graph import Graph
+from pocketsize.quantization.uniform import Uniform, UniformConfig
 from tests import toys
 from tests.test_scoring import data, randomized
+from tests.test_traces import cross_entropy
 from tests.workers import threads
 
 
@@ -177,3 +183,33 @@ def test_a_model_is_measured_by_its_kernels():
   expected = scorer.score(zero)['loss'] - scorer.score({})['loss']
   assert tables[0][0] == pytest.approx(expected, rel=1e-4)
   assert tables[0][1] == min(0.0, expected)
+
+
+def deep_net():
+  """Six layers of different sizes."""
+  x = inputs = keras.Input((6, 6, 3))
+  for number, filters in enumerate((4, 3, 6, 5)):
+    x = layers.Conv2D(filters, 3, padding='same', activation='relu', name=f'conv{number}')(x)
+  x = layers.Dense(7, activation='relu', name='hidden')(layers.GlobalAveragePooling2D()(x))
+  return randomized(keras.Model(inputs, layers.Dense(4, name='head')(x)))
+
+
+@pytest.mark.parametrize('budget', [2.6, 4.0, 5.3])
+def test_hawq_chooses_what_trying_every_choice_does(budget):
+  """By the second derivatives and quantization errors of a net, of 5^6 choices."""
+  model = deep_net()
+  graph = Graph(model)
+  variables = costs.bit_variables(graph, [2, 3, 4, 6, 8])
+  paths = [variable.name for variable in variables]
+  batch = toys.images(16, size=6), np.arange(16) % 4
+  found = traces.estimate(model, cross_entropy, [batch], paths, iterations=4)
+  change = variants.quantized(model, Uniform, dict.fromkeys(paths, UniformConfig()))
+  problem = Problem(variables, costs.mean_bits(graph, variables), budget)
+  tables = sensitivity.hawq_losses(problem, found.means, Variants(model, variables, change))
+  every = np.array(list(np.ndindex(*problem.sizes)))
+  loss, cost = (
+    sum(table[every[:, place]] for place, table in enumerate(each))
+    for each in (tables, [term.table for term in problem.cost.terms])
+  )
+  best = every[np.where(cost <= budget, loss, np.inf).argmin()]
+  np.testing.assert_array_equal(minimise(problem, tables), best)

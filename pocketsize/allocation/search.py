@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pocketsize.allocation.workers import on_first
 from pocketsize.errors import UserError
 from pocketsize.files import write_json
 
@@ -91,10 +92,11 @@ def search(
     raise UserError(f'There must be at least {max(1, len(first))} roll-outs. Received: {rollouts}.')
   course = _Course(problem, searcher, rollouts, first, size)
   header = _header(problem, about, rollouts, first, size)
-  records = broadcast(_resumed(course, path, header) if rank == 0 else None)
+  records = broadcast(on_first(lambda: _resumed(course, path, header), rank, total))
   scores = {tuple(record.levels): record.score for record in records}
   while len(records) < rollouts:
-    proposals = broadcast(course.proposals(len(records)) if rank == 0 else None)
+    done = len(records)
+    proposals = broadcast(on_first(lambda done=done: course.proposals(done), rank, total))
     mine = scores.get(tuple(proposals[rank])) if rank < len(proposals) else None
     seconds = 0.0
     if rank < len(proposals) and mine is None:

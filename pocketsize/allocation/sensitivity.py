@@ -10,6 +10,7 @@ import pathlib
 
 import numpy as np
 
+from pocketsize.allocation.workers import on_first
 from pocketsize.errors import UserError
 from pocketsize.files import write_json
 
@@ -92,7 +93,8 @@ def measured_losses(
   base = problem.highest if base is None else np.asarray(base)
   tasks = _tasks(problem, base, points)
   keys = list(tasks)
-  record = _Record(problem, base, path if rank == 0 else None)
+  # What rank 0 has read and the others have not is their sum.
+  record = on_first(lambda: _Record(problem, base, path), rank, total) or _Record(problem, base)
   known = total(np.array([record.losses.get(key, 0.0) for key in keys]))
   is_known = total(np.array([key in record.losses for key in keys], float)) > 0.0
   missing = np.flatnonzero(~is_known)
@@ -148,7 +150,7 @@ def _key(variable, level):
 class _Record:
   """Losses by choice, in a file if there is a path."""
 
-  def __init__(self, problem, base, path):
+  def __init__(self, problem, base, path=None):
     self._path = path and pathlib.Path(path)
     # What the losses were measured beside.
     self._others = {name: float(choice) for name, choice in problem.values(base).items()}

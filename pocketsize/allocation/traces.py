@@ -25,6 +25,7 @@ import numpy as np
 import tensorflow as tf
 
 from pocketsize import targets
+from pocketsize.allocation.workers import on_first
 from pocketsize.copies import copied
 from pocketsize.errors import UserError
 from pocketsize.files import write_json
@@ -109,12 +110,11 @@ def estimate(
       f'Received: {iterations}, {tolerance}.'
     )
   product = _product(Inference(copied(model)), loss, paths)
-  kept = _Rounds(
-    path if rank == 0 else None, {'seed': seed, 'batches': len(batches), 'layers': paths}
-  )
+  about = {'seed': seed, 'batches': len(batches), 'layers': paths}
+  kept = on_first(lambda: _Rounds(about, path), rank, total) or _Rounds(about)
   # What rank 0 has read and the others have not is their sum.
   done = int(total(np.array([len(kept.values)], np.float64))[0])
-  values = kept.values if rank == 0 else np.zeros((done, len(paths)))
+  values = kept.values if len(kept.values) else np.zeros((done, len(paths)))
   if done:
     values = total(values)
   # Where an undisturbed course would have ended.
@@ -150,11 +150,11 @@ class _Rounds:
   """The values of rounds, in a file if there is a path.
 
   Args:
-    path: of the file, or None.
     about: JSON-able dict of what they follow from.
+    path: of the file, or None.
   """
 
-  def __init__(self, path, about):
+  def __init__(self, about, path=None):
     self._path, self._about = path and pathlib.Path(path), about
     self.values = np.zeros((0, len(about['layers'])))
     if self._path and self._path.exists():
