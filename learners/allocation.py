@@ -75,24 +75,27 @@ class Allotting(Learner):
       self.own_batches(0)
     super().check()
 
-  def allot(self, model, task):
+  def allot(self, model, make):
     """Sets `allotted`: to what an earlier start of the run found, or what is found now.
 
     Args:
       model: the float Keras model; it is not changed.
-      task: gives the `Task`; called if something is to be found.
+      make: gives the `Task`; called if something is to be found.
     """
     found = self.recorded(RESULT)
     if found is None:
       with self._timed('allocation'):
-        found = self._found(model, task())
+        task = make()
+        outcome, maximised = self._searched(model, task)
+      # Drawn first: a run that ends between the two draws again, from the roll-outs that it has.
+      self._on_chief(lambda: self._draw(task, outcome, maximised))
+      found = self._result(task.problem, outcome)
       self._on_chief(lambda: write_json(self.folder / RESULT, found))
     self.allotted = found['values']
 
-  def _found(self, model, task):
-    """Returns what allocation.json says."""
-    problem, name = task.problem, self.allocator
-    judge = self._judge(model)
+  def _searched(self, model, task):
+    """Returns (the `Outcome` of a `Task`, what it maximised in words)."""
+    problem, judge = task.problem, self._judge(model)
     batches = judge.marked(self.held_out(self.config.nb_smpls_score, SCORE_BATCH))
     scorer = Scorer(
       model,
@@ -100,6 +103,8 @@ class Allotting(Learner):
       judge.evaluator(),
       self.own_images(self.config.nb_smpls_score_bn),
     )
+    # The first figure of an evaluator is the one that a net is judged by.
+    judged = next(iter(scorer.score({})))
 
     def score(levels):
       if task.tuning:
@@ -108,19 +113,13 @@ class Allotting(Learner):
           return task.tuning.score(self, model, problem.values(levels), batches, judge)
       return scorer.score(task.candidates.kernels(levels))
 
-    # The first figure of an evaluator is the one that a net is judged by.
-    judged = next(iter(scorer.score({})))
-
     def reward(figures, cost):
       if task.reward:
         return task.reward(figures[judged], cost)
       return -figures['loss'] if self.config.score_by == 'loss' else figures[judged]
 
-    shown_as = (
-      'reward' if task.reward else {'loss': '-loss', 'metric': judged}[self.config.score_by]
-    )
     graph = Graph(model)
-    with SearchReport(name, task.rollouts, quiet=not self.runtime.is_chief) as shown:
+    with SearchReport(self.allocator, task.rollouts, quiet=not self.runtime.is_chief) as shown:
       ground = allocators.Ground(
         problem=problem,
         sizes=[int(costs.weights(graph, layers).sum()) for layers in task.layers],
@@ -137,25 +136,21 @@ class Allotting(Learner):
         agent=self.config.agent(),
         seed=self.run.seed,
         folder=self.folder,
-        about={'allocation': name, 'seed': self.run.seed},
+        about={'allocation': self.allocator, 'seed': self.run.seed},
         workers=self._workers,
         broadcast=self.runtime.broadcast,
         track=shown.track,
         follow=shown.follow,
       )
-      outcome = allocators.allocate(name, ground)
-    self._on_chief(
-      lambda: plot(
-        outcome.records,
-        problem,
-        self.folder / 'search.png',
-        reward=f'{shown_as} on held-out images',
-        value=task.value,
-        title=f'{self.helper.name}, {name}',
-      )
-    )
+      outcome = allocators.allocate(self.allocator, ground)
+    if task.reward:
+      return outcome, 'reward'
+    return outcome, {'loss': '-loss', 'metric': judged}[self.config.score_by]
+
+  def _result(self, problem, outcome):
+    """Returns what allocation.json says."""
     return {
-      'allocation': name,
+      'allocation': self.allocator,
       'values': problem.values(outcome.levels),
       'cost': {
         'name': problem.cost.name,
@@ -165,6 +160,16 @@ class Allotting(Learner):
       },
       'rollouts': len(outcome.records),
     }
+
+  def _draw(self, task, outcome, maximised):
+    plot(
+      outcome.records,
+      task.problem,
+      self.folder / 'search.png',
+      reward=f'{maximised} on held-out images',
+      value=task.value,
+      title=f'{self.helper.name}, {self.allocator}',
+    )
 
   @property
   def allocator(self):

@@ -105,11 +105,6 @@ def check_allocation(config, roll_outs, agent):
     ):
       if not is_set:
         refuse_idle(config, names, needed)
-  if config.search_start != 'uniform' and getattr(config, roll_outs[0]) < 2:
-    raise UserError(
-      f'--search_start={config.search_start} is the second roll-out, behind that of the same for '
-      f'all: --{roll_outs[0]} must be at least 2. Received: {getattr(config, roll_outs[0])}.'
-    )
   if 'hawq' not in (name, config.search_start):
     refuse_idle(config, _TRACES, '--allocation=hawq or --search_start=hawq')
   config.agent()

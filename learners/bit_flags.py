@@ -61,7 +61,7 @@ def flags(prefix, bits, tune_global_steps):
     ),
     'w_bit_min': (int, option(2, 'fewest bits of a layer, of those to choose from', choices=bits)),
     'w_bit_max': (int, option(8, 'most bits of a layer, of those to choose from', choices=bits)),
-    'nb_rlouts': (int, option(200, 'roll-outs of a search', lower=1)),
+    'nb_rlouts': (int, option(200, 'roll-outs of a search', lower=2)),
     'enbl_random_layers': (
       bool,
       option(True, 'the agent visits the layers in another order in each roll-out'),
@@ -80,11 +80,7 @@ def flags(prefix, bits, tune_global_steps):
     ),
     'tune_global_steps': (
       int,
-      option(
-        tune_global_steps,
-        f'steps of {prefix}_enbl_rl_global_tune, shared among the workers',
-        lower=1,
-      ),
+      option(tune_global_steps, f'steps of {prefix}_enbl_rl_global_tune', lower=1),
     ),
     'tune_layerwise_steps': (
       int,

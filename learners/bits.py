@@ -1,6 +1,5 @@
 """Who gets how many bits, for all learners that quantize."""
 
-import math
 import pathlib
 
 from learners import quantization
@@ -141,7 +140,7 @@ class BitAllotting(Allotting):
       lambda bits: [self.compressor(self.rules(graph, default, bits))],
       layerwise * self.flag('tune_layerwise_steps'),
       LAYERWISE_RATE,
-      globally * math.ceil(self.flag('tune_global_steps') / self.runtime.size),
+      globally * self.flag('tune_global_steps'),
       GLOBAL_RATE,
       f'or fewer steps, --{self.prefix}_tune_global_steps',
     )

@@ -11,11 +11,11 @@ from learners.allocation_flags import SEARCHED, AllocationFlags, check_allocatio
 from learners.channel_targets import ChannelConfig
 from learners.channels import ChannelLearner
 from pocketsize import cost
-from pocketsize.allocation import channel_costs
+from pocketsize.allocation import channel_costs, channel_latency
 from pocketsize.allocation.problem import Problem
 from pocketsize.allocation.reconstructed import Reconstructed
 from pocketsize.errors import UserError
-from pocketsize.latency import LatencyTable
+from pocketsize.latency import LatencyTable, predicted
 from pocketsize.options import option, refuse_idle
 
 # Ratios of a group to choose from.
@@ -29,7 +29,8 @@ class SearchFlags(ChannelConfig, AllocationFlags):
 
   cp_preserve_ratio: float = option(
     0.5,
-    'share of multiply-accumulates to keep at most, if ratios are searched for',
+    'share of multiply-accumulates to keep at most, if ratios are searched for; no limit with '
+    'cp_reward_policy=flops, but what the choices follow from, and where the search begins',
     above=0,
     upper=1,
   )
@@ -42,7 +43,7 @@ class SearchFlags(ChannelConfig, AllocationFlags):
   cp_noise_tolerance: float = option(
     0.15, 'cp_reward_policy=flops: an error below it counts as much', lower=0, upper=1
   )
-  cp_nb_rlouts: int = option(200, 'roll-outs of a search', lower=1)
+  cp_nb_rlouts: int = option(200, 'roll-outs of a search', lower=2)
   cp_nb_rlouts_min: int = option(50, 'roll-outs before the agent is trained', lower=1)
 
   @property
@@ -68,8 +69,7 @@ class SearchFlags(ChannelConfig, AllocationFlags):
     if self.cp_reward_policy != 'flops':
       refuse_idle(self, ('cp_noise_tolerance',), '--cp_reward_policy=flops')
     else:
-      names = ('cp_preserve_ratio', 'score_by', 'search_start')
-      refuse_idle(self, names, '--cp_reward_policy=accuracy')
+      refuse_idle(self, ('score_by', 'search_start'), '--cp_reward_policy=accuracy')
 
 
 class ChannelSearch(ChannelLearner, Allotting):
@@ -115,41 +115,46 @@ class ChannelSearch(ChannelLearner, Allotting):
     )
 
   def _problem(self, channels, found):
+    """Returns (the `Problem` of the ratios, {unit name: channels that each choice keeps})."""
     variables, counts = self._choices(channels, found)
     if self.config.target == 'latency':
-      return Problem(variables, *self._latency(channels, counts))
+      return self._latency(channels, variables, counts)
     share = {'ratio': self.config.cp_preserve_ratio, 'macs': self.config.target_share}
     budget = share[self.config.target] if self.config.cp_reward_policy == 'accuracy' else None
-    return Problem(variables, channel_costs.macs(channels, counts), budget)
+    return Problem(variables, channel_costs.macs(channels, counts), budget), counts
 
-  def _latency(self, channels, counts):
-    """Returns (cost in ms, budget), from layers that rank 0 times for all."""
+  def _latency(self, channels, variables, counts):
+    """Returns what `_problem` does, by layers that rank 0 times for all."""
     format = self.config.target_format
     path = self.config.target_table or pathlib.Path(self.folder) / f'latency_{format}.json'
-    found = self.runtime.broadcast(
-      self._on_chief(
-        lambda: channel_costs.milliseconds(channels, counts, LatencyTable(format, path))
-      )
-    )
-    whole = found.of([len(kept) - 1 for kept in counts.values()])
-    return found, self.config.target_share * whole
+
+    def timed():
+      table = LatencyTable(format, path)
+      found = channel_latency.without_slower(channels, variables, counts, table)
+      cost = channel_latency.milliseconds(channels, found[1], table)
+      return *found, cost, self.config.target_share * predicted(channels, {}, table)
+
+    faster, left, cost, budget = self.runtime.broadcast(self._on_chief(timed))
+    return Problem(faster, cost, budget), left
 
   def _task(self, model, channels, found):
-    problem = self._problem(channels, found)
-    _, counts = self._choices(channels, found)
+    problem, counts = self._problem(channels, found)
     by_name = {unit.name: unit for unit in found}
     units = [by_name[variable.name] for variable in problem.variables]
     # In one order on all workers, as a set would not be.
     readers = dict.fromkeys(path for unit in units for path in unit.readers)
     return Task(
       problem,
-      Reconstructed(units, counts, self.survey(model).problems(readers), self.method()),
+      # Of images that are not held out.
+      Reconstructed(
+        units, counts, self.survey(model, split='fit').problems(readers), self.method()
+      ),
       self.config.cp_nb_rlouts,
       self.config.cp_nb_rlouts_min,
       layers=[tuple(unit.readers) for unit in units],
       value='share of the channels that is dropped',
       reward=self._reward(2 * cost.macs(channels.graph)),
-      # Where nothing bounds the cost, half of every group is where PocketFlow's agent begins.
+      # Where nothing bounds the cost, PocketFlow's agent begins with this share of every group.
       middle=None if problem.budget < math.inf else 1.0 - self.config.cp_preserve_ratio,
     )
 

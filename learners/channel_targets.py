@@ -54,7 +54,9 @@ class ChannelConfig:
     'openvino', 'format whose runtime measures the latency', choices=tuple(RUNTIMES)
   )
   target_table: str | None = option(
-    None, "file that keeps the layers' measured times; unset: latency_<format>.json in --work_dir"
+    None,
+    "file that keeps the layers' measured times, of any nets, and gets those that it lacks; unset: "
+    'latency_<format>.json in --work_dir',
   )
 
   def __post_init__(self):

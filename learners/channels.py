@@ -129,15 +129,20 @@ class ChannelLearner(Learner):
         f'the work folder, or give another --work_dir. Received: {", ".join(received)}.'
       )
 
-  def survey(self, model):
-    """Returns a `Layerwise` that looks at all layers of a model at once, and prunes nothing."""
+  def survey(self, model, split=None):
+    """Returns a `Layerwise` that looks at all layers of a model at once, and prunes nothing.
+
+    Args:
+      model: a Keras model.
+      split: as `images` takes it.
+    """
     samples, points = self.samples()
     return Layerwise(
       model,
       [],
       {},
       None,
-      self.images(samples),
+      self.images(samples, split),
       points=points or RANKING_POINTS,
       seed=self.run.seed,
       total=self.runtime.allreduce_sum,
@@ -196,18 +201,22 @@ class ChannelLearner(Learner):
       memory=int(self.config.channel_memory * 2**30),
     )
 
-  def images(self, samples):
-    """Returns this worker's share of `samples` training images, as batches."""
-    return [x for x, _ in self.batches(samples, mixed=self.run.dst_mixup > 0)]
+  def images(self, samples, split=None):
+    """Returns this worker's share of `samples` training images, as batches.
 
-  def batches(self, samples, mixed=False):
+    Args:
+      split: as `training_batches` takes it.
+    """
+    return [x for x, _ in self.batches(samples, mixed=self.run.dst_mixup > 0, split=split)]
+
+  def batches(self, samples, mixed=False, split=None):
     """Returns this worker's share of `samples` training images with their labels, as batches.
 
     Args:
-      mixed: as `training_batches` takes it.
+      mixed, split: as `training_batches` takes them.
     """
     batches = math.ceil(samples / (self.run.batch_size * self.runtime.size))
-    data = self.training_batches(mixed=mixed).take(batches)
+    data = self.training_batches(mixed=mixed, split=split).take(batches)
     return [(x.numpy(), y.numpy()) for x, y in data]
 
   def steps(self, course):

@@ -144,15 +144,16 @@ class Phases:
           model, (x for x, _ in batches), total=self.runtime.allreduce_sum
         )
 
-  def training_batches(self, start=0, *, mixed=False):
+  def training_batches(self, start=0, *, mixed=False, split=None):
     """Returns this worker's endless (x, y) batches from step `start` on.
 
     Args:
       mixed: whether images are mixed as --dst_mixup says; `y` means little then.
+      split: of the data set; None for that of the training.
     """
     dataset = Mixed(self.dataset, self.run.dst_mixup) if mixed else self.dataset
     return dataset.load(
-      self.training_split,
+      split or self.training_split,
       batch=self.run.batch_size,
       shard=(self.runtime.rank, self.runtime.size),
       seed=self.run.seed,

@@ -73,7 +73,8 @@ class Tuning(NamedTuple):
       self._train(learner, student, self.global_steps, self.global_rate, learner.helper.loss)
     evaluator, predict = judge.evaluator(), tf.function(student, autograph=False)
     for x, y in batches:
-      evaluator.update(y, np.asarray(predict(x, training=False)))
+      outputs = keras.tree.map_structure(np.asarray, predict(x, training=False))
+      evaluator.update(y, outputs)
     return evaluator.result()
 
   def _train(self, learner, model, steps, rate, loss):

@@ -16,7 +16,7 @@ from learners.judge import Judge
 from learners.phases import Phases
 from learners.training import Diverged
 from nets.convnet_at_digits import ModelHelper
-from pocketsize.allocation import allocators, search, sensitivity
+from pocketsize.allocation import allocators, direct, search, sensitivity
 from pocketsize.allocation.scoring import Scorer
 from pocketsize.allocation.variants import sparse
 from pocketsize.distillation import distillation_loss
@@ -608,10 +608,16 @@ def test_channels_are_searched_for_under_a_share_of_macs(undisturbed):
 
 def test_channels_by_accuracy_against_flops(tmp_path, float_file):
   arguments = ['--cp_reward_policy=flops', '--cp_noise_tolerance=0.5', '--allocation=tpe']
+  arguments += ['--cp_preserve_ratio=0.25']
   with until_training():
     run(tmp_path, *CHANNEL, *arguments, f'--pretrained={float_file}')
   content = read(tmp_path, 'search.json')
   assert content['problem']['budget'] is None
+  # It bounds the ratios all the same, and the search begins with what is nearest to it.
+  choices = [variable['choices'] for variable in content['problem']['variables']]
+  assert [max(each) for each in choices] == pytest.approx([1 - 1.5 * np.log10(1.25)] * 2, abs=0.07)
+  nearest = [int(np.argmin(np.abs(np.array(each) - 0.75))) for each in choices]
+  assert content['records'][0]['levels'] == nearest
   flops = 2 * sum(MACS.values())
   for record in content['records']:
     error = max(0.5, 1 - record['score']['accuracy'])
@@ -637,6 +643,89 @@ def test_channels_under_a_share_of_the_latency(tmp_path, float_file, monkeypatch
   assert counts['conv0'] + 32 + counts['conv2'] + 10 == pytest.approx(cost['value'])
   assert cost['value'] <= cost['budget']
   assert (tmp_path / 'latency_openvino.json').exists()
+
+
+def test_channels_that_take_longer_than_more_of_them_are_no_choice(tmp_path, monkeypatch):
+  """And nothing else pays for them: the whole model costs what it takes."""
+
+  def timer(layer, shape):
+    outputs = getattr(layer, 'filters', None) or layer.units
+    return 40.0 if outputs == 8 else float(outputs)
+
+  monkeypatch.setattr(
+    'learners.channel_search.LatencyTable',
+    lambda format, path: LatencyTable(format, path, timer=timer),
+  )
+  table = f'--target_table={tmp_path / "table.json"}'
+  learner = main.make_learner(
+    ModelHelper, ['run.py', *CHANNEL_BY_AGENT, '--target=latency', '--target_share=0.9', table]
+  )
+  problem, counts = learner._problem(*learner.plan(learner.structure)[:2])
+  assert problem.budget == pytest.approx(0.9 * 122)
+  assert problem.cost.of(problem.highest) == pytest.approx(122)
+  assert counts['conv0'] == [16] and len(counts['conv2']) == 17
+
+
+def test_no_image_that_is_held_out_is_reconstructed_from(monkeypatch):
+  learner = main.make_learner(ModelHelper, ['run.py', *CHANNEL_BY_AGENT])
+  model, load, splits = learner.helper.build(), learner.dataset.load, []
+
+  def spied(split, **options):
+    splits.append(split)
+    return load(split, **options)
+
+  monkeypatch.setattr(learner.dataset, 'load', spied)
+  learner._task(model, *learner.plan(model)[:2])
+  assert splits == ['fit']
+  # The final model is reconstructed from all training images.
+  learner.images(1)
+  assert splits == ['fit', 'train']
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'steps'),
+  [
+    ([*UNIFORM, *TUNED], (2, 2)),
+    ([*SPARSE_BY_AGENT, '--ws_nb_iters_rg=3', '--ws_nb_iters_ft=5'], (3, 5)),
+  ],
+)
+def test_roll_outs_train_as_long_with_any_number_of_workers(monkeypatch, arguments, steps):
+  """Each tunes models of its own: a score does not depend on how many others there are."""
+  learner = main.make_learner(ModelHelper, ['run.py', *arguments])
+  monkeypatch.setattr(learner.runtime, 'size', 4, raising=False)
+  tuning = learner.task(learner.helper.build()).tuning
+  assert (tuning.layerwise_steps, tuning.global_steps) == steps
+
+
+def test_a_search_whose_picture_fails_is_drawn_again_and_scores_nothing(
+  tmp_path, float_file, monkeypatch
+):
+  def fail(*arguments, **options):
+    raise OSError('no font')
+
+  arguments = [*UNIFORM, *BITS_BY['rl'], MEAN, f'--pretrained={float_file}']
+  with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match='no font'):
+    patch.setattr(allocation, 'plot', fail)
+    run(tmp_path, *arguments)
+  records = records_of(tmp_path)
+  scored = []
+  score = Scorer.score
+  monkeypatch.setattr(Scorer, 'score', lambda *given: scored.append(given) or score(*given))
+  with until_training():
+    run(tmp_path, *arguments)
+  assert records_of(tmp_path) == records and len(scored) == 1
+  assert_pictured(tmp_path)
+
+
+@pytest.mark.parametrize('ratio', [0.8, 0.75])
+def test_a_ratio_that_whole_weights_cannot_have_is_common_to_all(ratio):
+  """Of 23,824 weights 0.8 would be 19,059.2; by layers it comes to 19,059."""
+  arguments = [f'--ws_prune_ratio={ratio}', '--allocation=uniform']
+  learner = main.make_learner(
+    ModelHelper, ['run.py', '--learner=weight-sparse', '--ws_mask_update_step=3', *arguments]
+  )
+  problem = learner.problem(Graph(learner.helper.build()))
+  assert set(problem.values(direct.uniform(problem)).values()) == {ratio}
 
 
 def test_the_time_left_of_a_search_that_goes_on_follows_from_what_was_done_since(

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.xdist_group('horovod')
 LEARNERS = {
   'weight-sparse': [
     '--learner=weight-sparse',
-    '--ws_prune_ratio_prtl=heurist',
+    '--allocation=sensitivity',
     '--ws_mask_update_step=3',
     '--enbl_dst',
     '--loss_w_dst_features=1',
@@ -39,7 +39,8 @@ LEARNERS = {
   ],
   'channel': [
     '--learner=channel',
-    '--cp_prune_option=uniform',
+    '--allocation=tpe',
+    '--cp_nb_rlouts=3',
     '--cp_nb_batches=2',
     '--cp_list_group=2',
     '--cp_finetune',
@@ -58,6 +59,8 @@ LEARNERS = {
     '--uql_tune_global_steps=4',
   ],
 }
+
+ROLL_OUTS = {'channel': 3, 'searched': 5}
 
 
 @pytest.fixture(scope='module')
@@ -91,19 +94,26 @@ def test_two_workers_end_with_equal_weights(trained, learner):
     bits = one['bits'].tolist()
   config = json.loads((folder / 'work' / 'config.json').read_text())
   assert config['enbl_multi_gpu'] is True
-  if learner == 'searched':
-    _assert_searched(folder / 'work', bits)
+  if learner in ROLL_OUTS:
+    values = _searched(folder / 'work', ROLL_OUTS[learner])
+    if learner == 'searched':
+      assert list(values.values()) == bits
+  if learner == 'weight-sparse':
+    losses = json.loads((folder / 'work' / 'losses.json').read_text())['losses']
+    # The model's own, and eight more of each layer.
+    assert len(losses) == 33 and all(loss > 0 for loss in losses.values())
 
 
-def _assert_searched(folder, bits):
-  """All roll-outs are there, each once, and what was found is what both workers trained with."""
+def _searched(folder, rollouts):
+  """Returns what was found: all roll-outs are there, each once, and the best was taken."""
   search, allocation = (
     json.loads((folder / name).read_text()) for name in ('search.json', 'allocation.json')
   )
-  assert search['workers'] == 2 and [each['number'] for each in search['records']] == [*range(5)]
+  assert search['workers'] == 2
+  assert [each['number'] for each in search['records']] == [*range(rollouts)]
   assert all(record['score']['loss'] > 0 for record in search['records'])
   assert search['best']['values'] == allocation['values']
-  assert list(allocation['values'].values()) == bits
+  return allocation['values']
 
 
 @needs_horovod

@@ -16,6 +16,7 @@ import time
 import numpy as np
 from absl import flags
 
+from learners.config import RunConfig
 from learners.judge import Judge
 from learners.progress import ProgressReport
 from pocketsize import targets
@@ -37,9 +38,9 @@ _RESNET_SIZE = flags.DEFINE_integer('resnet_size', None, 'layers with weights, o
 _PRETRAINED = flags.DEFINE_string('pretrained', None, 'file of weights; unset: random')
 _DATA = flags.DEFINE_string('data_dir_local', None, 'folder of the data set; unset: random images')
 _SAMPLES = flags.DEFINE_integer('samples', 1000, 'held-out images of a score', lower_bound=1)
-_BATCH = flags.DEFINE_integer('batch', 100, 'images of a forward pass', lower_bound=1)
+_BATCH = flags.DEFINE_integer('batch', 250, 'images of a forward pass', lower_bound=1)
 _BN_SAMPLES = flags.DEFINE_integer(
-  'bn_samples', 0, 'images for the statistics of batch norm, in each score', lower_bound=0
+  'bn_samples', 256, 'images for the statistics of batch norm, in each score', lower_bound=0
 )
 _ROLLOUTS = flags.DEFINE_integer('rollouts', 20, 'scores of random bits', lower_bound=0)
 _HAWQ = flags.DEFINE_bool('hawq', False, 'choose bits by hawq as well')
@@ -93,7 +94,7 @@ def _rollouts(helper, model):
     made.kernels([level] * len(variables))
   kernels = time.monotonic() - began
   batches = _batches(helper, model, 'val', _SAMPLES.value, _BATCH.value)
-  training = _batches(helper, model, 'fit', _BN_SAMPLES.value, _BATCH.value)
+  training = _batches(helper, model, 'fit', _BN_SAMPLES.value, RunConfig.batch_size)
   began = time.monotonic()
   scorer = Scorer(model, batches, helper.evaluator(), [x for x, _ in training])
   scorer.score({})
