@@ -19,6 +19,8 @@ FOLDERS = (
 MODULES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob('*.py'))
 NAMES = [str(path.relative_to(ROOT)) for path in MODULES]
 LONGEST = 400
+# Packages that few runs need, and that take seconds together.
+SLOW = {'matplotlib', 'onnx', 'onnxruntime', 'openvino', 'optuna', 'sklearn', 'tf2onnx'}
 # The bridge to tfmot, and what takes part in it.
 TFMOT = tuple(f'pocketsize/quantization/{name}.py' for name in ('twin', 'stand_in', 'tfmot_bridge'))
 
@@ -116,6 +118,17 @@ def test_the_rules_let_pass_what_is_allowed(name, source):
 @pytest.mark.parametrize('name', NAMES)
 def test_a_module_is_short_enough_to_read(name):
   assert len((ROOT / name).read_text().splitlines()) <= LONGEST
+
+
+@pytest.mark.parametrize(
+  'name', [name for name in NAMES if name.startswith(('pocketsize/', 'learners/', 'evaluators/'))]
+)
+def test_no_start_waits_for_what_few_runs_need(name):
+  statements = [
+    each for each in tree_of(name).body if isinstance(each, ast.Import | ast.ImportFrom)
+  ]
+  found = imports_of(ast.Module(statements, []))
+  assert not SLOW & {each.split('.')[0] for each in found} and 'scipy.stats' not in found
 
 
 def public_without_docstring(node, inherited=False):

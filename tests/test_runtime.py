@@ -191,11 +191,18 @@ def test_a_signal_leaves_the_workers_time_to_save(number, tmp_path):
 @pytest.mark.slow
 def test_workers_end_when_the_launcher_is_killed(tmp_path):
   process = start('leaving.py', 'signal', tmp_path)
-  _wait_for(lambda: len(list(tmp_path.glob('ready*'))) == 2)
-  ids = [int(path.read_text()) for path in tmp_path.glob('ready*')]
+  _wait_for(lambda: len(_processes(tmp_path)) == 2)
+  workers = _processes(tmp_path)
+  assert all(each.exists() for each in workers)
   process.kill()
-  finish(process)
-  _wait_for(lambda: not any(pathlib.Path('/proc', str(i)).exists() for i in ids))
+  assert finish(process)[0] == -signal.SIGKILL
+  _wait_for(lambda: not any(each.exists() for each in workers))
+
+
+def _processes(folder):
+  """Returns the folders of /proc of the workers that have said that they are ready."""
+  texts = [path.read_text() for path in folder.glob('ready*')]
+  return [pathlib.Path('/proc', text) for text in texts if text]
 
 
 def _wait_for(condition, seconds=60):
