@@ -5,17 +5,14 @@
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 from pocketsize.channel_graph import ChannelGraph
 from pocketsize.copies import copied
+from pocketsize.dropped_constants import folded_constants
 from pocketsize.errors import UserError
 from pocketsize.graph import Graph, functional
 from pocketsize.instrument import Instrumented
 from pocketsize.pruning import filters
-
-# Of an input to see constants with, where the model's has no size.
-_PROBE_SIZES = (32, 64, 128, 256, 512)
 
 
 def mask(model, keep, keep_shift=False):
@@ -122,7 +119,12 @@ def shrink(model, keep, keep_shift=False, selected=None):
   def kept(ids):
     return int(np.sum(~is_dropped(ids)))
 
-  constants = _constants(channels, keep, is_dropped)
+  constants = {}
+  readers = {
+    layer: is_dropped(ids) for layer, ids in channels.folds.items() if is_dropped(ids).any()
+  }
+  if readers:
+    constants = folded_constants(channels.graph, Graph(_masked(channels, keep)), readers)
   layers, names = {}, _Names()
   reads = {
     path: ~is_dropped(part.ids)
@@ -240,68 +242,3 @@ def _set_weights(channels, layer, smaller, is_dropped, constants, selected):
     values['bias'] = values['bias'][~is_dropped(made.ids)]
   smaller.kernel.assign(values[id(layer.kernel)])
   smaller.bias.assign(values['bias'])
-
-
-def _constants(channels, keep, is_dropped):
-  """Returns {layer: [outputs] what its dropped inputs, constants, add to its outputs}."""
-  readers = {
-    layer: is_dropped(ids) for layer, ids in channels.folds.items() if is_dropped(ids).any()
-  }
-  if not readers:
-    return {}
-  masked = Graph(_masked(channels, keep))
-  originals = dict(zip(masked.nodes, channels.graph.nodes, strict=True))
-  shapes = [symbol.shape for symbol in functional(channels.graph.model).inputs]
-  if not any(None in shape[1:] for shape in shapes):
-    return _probed(masked, originals, readers, None)
-  for size in _PROBE_SIZES:
-    try:
-      return _probed(masked, originals, readers, size)
-    # Too small for the model's strides and pooling; Keras and TensorFlow say so in their own ways.
-    except (ValueError, tf.errors.OpError) as error:
-      failed = error
-  raise UserError(
-    f'What {", ".join(layer.name for layer in readers)} would read of dropped channels cannot be '
-    f"found out: give the model's inputs fixed sizes. Received: {shapes}."
-  ) from failed
-
-
-def _probed(masked, originals, readers, size):
-  """Returns what `_constants` does, as one input shows it.
-
-  Args:
-    masked: `Graph` of the masked model.
-    originals: {node of `masked`: that of the model}.
-    readers: {layer of the model: [inputs] bool, dropped}.
-    size: of the inputs, where theirs is unknown.
-
-  Raises:
-    ValueError, tf.errors.OpError: the input is too small.
-  """
-  found = {}
-
-  def call(node, args, kwargs):
-    layer = originals[node].operation
-    if layer in readers:
-      gone = readers[layer]
-      rows = np.reshape(keras.ops.convert_to_numpy(args[0]), (-1, len(gone)))[:, gone]
-      if not len(rows) or not np.isfinite(rows[0]).all():
-        raise UserError(
-          f'What layer {node.path!r} reads of dropped channels must be finite numbers. Received: '
-          f'{rows[:1].tolist()}.'
-        )
-      kernel = keras.ops.convert_to_numpy(node.operation.kernel)
-      kernel = kernel.reshape(-1, *kernel.shape[-2:]).sum(axis=0)[gone]
-      if rows[0].any():
-        found[layer] = rows[0] @ kernel
-    return args[0] if node.is_input else node.operation(*args, **kwargs)
-
-  inputs = functional(masked.model).inputs
-  masked.run([_probe(symbol, size) for symbol in inputs], call, False)
-  return found
-
-
-def _probe(symbol, size):
-  """Returns an input to see constants with; any will do that is large enough."""
-  shape = [1, *(known or size for known in symbol.shape[1:])]
-  return keras.ops.cast(keras.ops.ones(shape), symbol.dtype)

@@ -100,6 +100,12 @@ def test_lloyd_against_scikit_learn():
     np.testing.assert_allclose(got, np.sort(slow.cluster_centers_.ravel()), atol=1e-3)
 
 
+def test_weights_that_are_small_beside_others_are_not_lost():
+  rows = np.r_[0.0, -1, 1, [3.058315e-15] * 9][None].astype(np.float32)
+  found, _ = centres.lloyd(rows, np.array([[-1.0, 0.0, 1e-15, 4e-15, 1.0]]))
+  np.testing.assert_array_equal(found[0, [0, 3, 4]], np.float32([-1, 3.058315e-15, 1]))
+
+
 @settings(deadline=None)
 @given(arrays.arrays(np.float32, (2, 12), elements=WEIGHTS), st.integers(1, 8))
 def test_kmeans_is_where_following_stays_and_no_worse_than_its_starts(rows, levels):

@@ -1,7 +1,9 @@
 """tfmot's quantization-aware training: where it quantizes, that it trains our own variables."""
 
-import importlib
+import importlib.util
+import os
 import re
+import types
 
 import keras
 import numpy as np
@@ -22,7 +24,9 @@ from pocketsize.quantization.last_value import LastValueQuantizer
 from pocketsize.quantization.tfmot import Tfmot, TfmotConfig
 from pocketsize.quantization.twin_layer import Switched
 
-pytest.importorskip('tensorflow_model_optimization')
+# Not imported here: that would change what every process that tests start takes for `tf.keras`.
+if not importlib.util.find_spec('tensorflow_model_optimization'):
+  pytest.skip('tensorflow_model_optimization is not installed', allow_module_level=True)
 
 
 def attached(model, **config):
@@ -160,6 +164,22 @@ def test_each_kind_of_layer_is_quantized_where_tfmot_does():
     ('head', 'preactivation'): None,
   }
   assert stack.skipped == {}
+
+
+@pytest.mark.parametrize('given', [None, '0', '1'])
+def test_processes_that_are_started_later_have_the_keras_that_they_had(monkeypatch, given):
+  """tfmot sets the variable when it is imported, which a process does once."""
+  monkeypatch.delenv('TF_USE_LEGACY_KERAS', raising=False)
+  if given:
+    monkeypatch.setenv('TF_USE_LEGACY_KERAS', given)
+
+  def imported(*_):
+    os.environ['TF_USE_LEGACY_KERAS'] = '1'
+    return types.SimpleNamespace(quantization=types.SimpleNamespace(keras='tfmot'))
+
+  monkeypatch.setattr(tfmot_bridge, 'require', imported)
+  assert tfmot_bridge.tfmot() == 'tfmot'
+  assert os.environ.get('TF_USE_LEGACY_KERAS') == given
 
 
 def test_a_kernel_before_a_relu_layer_is_not_forgotten():

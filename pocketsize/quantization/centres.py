@@ -84,16 +84,23 @@ def lloyd(rows, centres):
   ordered, counts = _ordered(rows)
   sums = np.cumsum(np.where(np.isfinite(ordered), ordered, 0.0), axis=1, dtype=np.float64)
   sums = np.concatenate([np.zeros((len(sums), 1)), sums], axis=1)
-  ordered = tf.constant(ordered)
+  searched = tf.constant(ordered)
   ends = np.stack([np.zeros_like(counts), counts], axis=1)
   centres = np.sort(np.asarray(centres, np.float32), axis=1)
   for _ in range(_ITERATIONS):
     middles = (centres[:, 1:] + centres[:, :-1]) * np.float32(0.5)
-    borders = tf.searchsorted(ordered, middles, side='right').numpy()
+    borders = tf.searchsorted(searched, middles, side='right').numpy()
     borders = np.concatenate([ends[:, :1], borders, ends[:, 1:]], axis=1)
     sizes = np.diff(borders, axis=1)
     totals = np.diff(np.take_along_axis(sums, borders, axis=1), axis=1)
-    moved = np.where(sizes > 0, totals / np.maximum(sizes, 1), centres).astype(np.float32)
+    # A small weight behind large ones is lost in the sums; a mean is never beyond its weights.
+    last = ordered.shape[1] - 1
+    low, high = (
+      np.take_along_axis(ordered, np.clip(places, 0, last), axis=1)
+      for places in (borders[:, :-1], borders[:, 1:] - 1)
+    )
+    means = np.clip(totals / np.maximum(sizes, 1), low, np.maximum(low, high))
+    moved = np.where(sizes > 0, means, centres).astype(np.float32)
     if np.array_equal(moved, centres):
       break
     centres = moved

@@ -1,5 +1,6 @@
 """The bridge to tfmot: which layers of a twin it quantizes, and why it leaves others float."""
 
+import os
 import re
 
 import keras
@@ -10,11 +11,19 @@ from pocketsize.errors import UserError, first_sentence
 
 # What a batch norm may follow, with nothing in between, to be quantized together with it.
 _BEFORE_BATCH_NORM = ('Conv2D', 'DepthwiseConv2D', 'Dense')
+# What tfmot sets when it is imported; every process that is started afterwards would have it too,
+# and Keras 2 for `tf.keras`.
+_LEGACY = 'TF_USE_LEGACY_KERAS'
 
 
 def tfmot():
   """Returns tfmot's `quantization.keras`; UserError if its package is missing."""
-  return require('tensorflow_model_optimization', 'for --learner=uniform-tf').quantization.keras
+  kept = os.environ.get(_LEGACY)
+  library = require('tensorflow_model_optimization', 'for --learner=uniform-tf')
+  os.environ.pop(_LEGACY, None)
+  if kept is not None:
+    os.environ[_LEGACY] = kept
+  return library.quantization.keras
 
 
 def annotated(twin, graph):

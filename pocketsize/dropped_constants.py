@@ -1,0 +1,89 @@
+"""What dropped channels that are constants, not zero, add to the outputs of their readers."""
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from pocketsize.errors import UserError
+from pocketsize.graph import functional
+
+# Of an input to see constants with, where the model's has no size.
+_SIZES = (32, 64, 128, 256, 512)
+
+
+def folded_constants(graph, masked, readers):
+  """Returns {layer: [outputs] what its dropped inputs add to its outputs}, without zeros.
+
+  Args:
+    graph: `Graph` of a model.
+    masked: `Graph` of its copy in which dropped channels are constants.
+    readers: {layer of the model: [inputs] bool, dropped}; their kernels have one input axis.
+
+  Raises:
+    UserError: a constant is not finite, or the inputs' sizes are not fixed and no size will do.
+  """
+  originals = dict(zip(masked.nodes, graph.nodes, strict=True))
+  shapes = [symbol.shape for symbol in functional(masked.model).inputs]
+  for size in _SIZES if any(None in shape[1:] for shape in shapes) else (None,):
+    try:
+      return _seen(masked, originals, readers, _inputs(masked, size))
+    # Too small for the model's strides and pooling; Keras and TensorFlow say so in their own ways.
+    except (ValueError, tf.errors.OpError) as error:
+      if size is None:
+        raise
+      failed = error
+  raise UserError(
+    f'What {", ".join(layer.name for layer in readers)} would read of dropped channels cannot be '
+    f"found out: give the model's inputs fixed sizes. Received: {shapes}."
+  ) from failed
+
+
+def _inputs(graph, size):
+  """Returns inputs to see constants with; any will do that are large enough.
+
+  Raises:
+    ValueError: what Keras says of a model that makes a tensor of nothing of them.
+  """
+  symbols = functional(graph.model).inputs
+  shapes = [[1, *(known or size for known in symbol.shape[1:])] for symbol in symbols]
+  if size:
+    # TensorFlow does not always say so: convolutions of oneDNN give what lies in memory.
+    graph.run(
+      [
+        keras.Input(batch_shape=shape, dtype=symbol.dtype)
+        for shape, symbol in zip(shapes, symbols, strict=True)
+      ],
+      training=False,
+    )
+  return [
+    keras.ops.cast(keras.ops.ones(shape), symbol.dtype)
+    for shape, symbol in zip(shapes, symbols, strict=True)
+  ]
+
+
+def _seen(masked, originals, readers, inputs):
+  """Returns what `folded_constants` does, as `inputs` show it.
+
+  Args:
+    originals: {node of `masked`: that of the model}.
+  """
+  found = {}
+
+  def call(node, args, kwargs):
+    layer = originals[node].operation
+    if layer in readers:
+      gone = readers[layer]
+      rows = np.reshape(keras.ops.convert_to_numpy(args[0]), (-1, len(gone)))[:, gone]
+      if not len(rows) or not np.isfinite(rows[0]).all():
+        raise UserError(
+          f'What layer {node.path!r} reads of dropped channels must be finite numbers. Received: '
+          f'{rows[:1].tolist()}.'
+        )
+      kernel = keras.ops.convert_to_numpy(node.operation.kernel)
+      kernel = kernel.reshape(-1, *kernel.shape[-2:]).sum(axis=0)[gone]
+      if rows[0].any():
+        found[layer] = rows[0] @ kernel
+    return args[0] if node.is_input else node.operation(*args, **kwargs)
+
+  masked.run(inputs, call, False)
+  return found
