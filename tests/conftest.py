@@ -24,6 +24,14 @@ def pytest_collection_modifyitems(items):
       item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
+@pytest.fixture(scope='module', autouse=True)
+def only_what_is_new_is_looked_at_for_cycles():
+  """TensorFlow keeps millions of objects for good: one look at all of them took half a minute."""
+  yield
+  gc.collect()
+  gc.freeze()
+
+
 @pytest.fixture(scope='session')
 def shared():
   """The folder with data and weights that tests marked `shared` need."""
