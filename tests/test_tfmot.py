@@ -1,6 +1,6 @@
 """tfmot's quantization-aware training: where it quantizes, that it trains our own variables."""
 
-import importlib.util
+import importlib
 import os
 import re
 import types
@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from keras import layers
-from toys import MODELS, assert_resumes, compile_for_logits, conv_net, fit, images
+from toys import MODELS, assert_resumes, compile_for_logits, conv_net, fit, images, need_tfmot
 
 import pocketsize
 from pocketsize import calibration, configure, conversion
@@ -24,9 +24,7 @@ from pocketsize.quantization.last_value import LastValueQuantizer
 from pocketsize.quantization.tfmot import Tfmot, TfmotConfig
 from pocketsize.quantization.twin_layer import Switched
 
-# Not imported here: that would change what every process that tests start takes for `tf.keras`.
-if not importlib.util.find_spec('tensorflow_model_optimization'):
-  pytest.skip('tensorflow_model_optimization is not installed', allow_module_level=True)
+need_tfmot()
 
 
 def attached(model, **config):

@@ -6,6 +6,7 @@ import sys
 import keras
 import numpy as np
 import pytest
+from toys import need_tfmot
 
 from learners import main, training
 from nets.convnet_at_digits import ModelHelper
@@ -15,7 +16,7 @@ from pocketsize.errors import UserError
 from pocketsize.quantization import tfmot_bridge
 from tests.shortcuts import unreported
 
-pytest.importorskip('tensorflow_model_optimization')
+need_tfmot()
 
 
 def run(work_dir, *arguments):

@@ -1,11 +1,24 @@
 """Small models and helpers that several tests share."""
 
+import importlib.util
+
 import keras
 import numpy as np
+import pytest
 from keras import layers
 
 from pocketsize.compressor import CompressionCallback
 from pocketsize.graph import Graph
+
+
+def need_tfmot():
+  """Skips the calling module where tfmot is missing.
+
+  `pytest.importorskip` would import it, and then every process that tests start has Keras 2 as
+  `tf.keras`.
+  """
+  if not importlib.util.find_spec('tensorflow_model_optimization'):
+    pytest.skip('tensorflow_model_optimization is not installed', allow_module_level=True)
 
 
 def images(count=8, size=8, channels=3, seed=0):
