@@ -2,20 +2,19 @@
 
 import dataclasses
 import math
-import pathlib
 
 import numpy as np
 
 from learners.allocation import Allotting, Task
 from learners.allocation_flags import SEARCHED, AllocationFlags, check_allocation, check_start
-from learners.channel_targets import ChannelConfig
+from learners.channel_targets import ChannelConfig, latency_table
 from learners.channels import ChannelLearner
 from pocketsize import cost
 from pocketsize.allocation import channel_costs, channel_latency
 from pocketsize.allocation.problem import Problem
 from pocketsize.allocation.reconstructed import Reconstructed
 from pocketsize.errors import UserError
-from pocketsize.latency import LatencyTable, predicted
+from pocketsize.latency import predicted
 from pocketsize.options import option, refuse_idle
 
 # Ratios of a group to choose from.
@@ -75,6 +74,12 @@ class SearchFlags(ChannelConfig, AllocationFlags):
 class ChannelSearch(ChannelLearner, Allotting):
   """A channel learner that can search; the final model begins afresh with what was found."""
 
+  def check(self):
+    if self.config.searches:
+      # Roll-outs refit to batches of these that all workers gather.
+      self.dataset.steps_per_epoch('fit', self.run.batch_size, self.runtime.size)
+    super().check()
+
   def check_target(self, channels, found):
     if self.config.searches:
       self._problem(channels, found)
@@ -125,11 +130,9 @@ class ChannelSearch(ChannelLearner, Allotting):
 
   def _latency(self, channels, variables, counts):
     """Returns what `_problem` does, by layers that rank 0 times for all."""
-    format = self.config.target_format
-    path = self.config.target_table or pathlib.Path(self.folder) / f'latency_{format}.json'
 
     def timed():
-      table = LatencyTable(format, path)
+      table = latency_table(self.config, self.folder)
       found = channel_latency.without_slower(channels, variables, counts, table)
       cost = channel_latency.milliseconds(channels, found[1], table)
       return *found, cost, self.config.target_share * predicted(channels, {}, table)

@@ -55,8 +55,8 @@ class ChannelConfig:
   )
   target_table: str | None = option(
     None,
-    "file that keeps the layers' measured times, of any nets, and gets those that it lacks; unset: "
-    'latency_<format>.json in --work_dir',
+    "file with layers' measured times, of any nets, which gets those that it lacks; all that a run "
+    'uses are in latency_<format>.json of --work_dir too',
   )
 
   def __post_init__(self):
@@ -121,11 +121,21 @@ def kept_counts(config, channels, found, ratios, multiple, rounding, folder, sco
   if config.target == 'macs':
     keep = filters.choose(channels, scores, macs=config.target_share, **arguments)
   else:
-    path = config.target_table or pathlib.Path(folder) / f'latency_{config.target_format}.json'
-    # Its own grid: counts between are interpolated, so that few layers are timed.
-    table = LatencyTable(config.target_format, path)
+    table = latency_table(config, folder)
     keep = choose_for_latency(channels, scores, config.target_share, table, **arguments).keep
   return {unit.name: int(np.sum(keep[unit.name])) for unit in found}
+
+
+def latency_table(config, folder):
+  """Returns the `LatencyTable` of a run, in whose folder all times are kept that it uses.
+
+  Args:
+    config: `ChannelConfig`.
+    folder: of the run.
+  """
+  path = pathlib.Path(folder) / f'latency_{config.target_format}.json'
+  # Its own grid: counts between are interpolated, so that few layers are timed.
+  return LatencyTable(config.target_format, path, known=config.target_table)
 
 
 def _counts_for_macs(share, channels, found, pruned, multiple, rounding):

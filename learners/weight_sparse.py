@@ -62,8 +62,8 @@ class WeightSparse(Allotting):
     ws_nb_rlouts_min: int = option(50, 'roll-outs before the agent is trained', lower=1)
     ws_reward_type: str = option(
       'single-obj',
-      'what a roll-out is worth: what score_by says, with ws_prune_ratio at least; or accuracy '
-      'times ln(1 + ratio), whatever the ratio',
+      'what a roll-out is worth: what score_by says, with as many weights dropped as by '
+      'ws_prune_ratio in each layer; or accuracy times ln(1 + ratio), whatever the ratio',
       choices=('single-obj', 'multi-obj'),
     )
     ws_nb_iters_rg: int = option(

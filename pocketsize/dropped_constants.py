@@ -32,6 +32,8 @@ def folded_constants(graph, masked, readers):
       if size is None:
         raise
       failed = error
+  if isinstance(failed, UserError):
+    raise failed
   raise UserError(
     f'What {", ".join(layer.name for layer in readers)} would read of dropped channels cannot be '
     f"found out: give the model's inputs fixed sizes. Received: {shapes}."

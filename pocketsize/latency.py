@@ -6,7 +6,6 @@ together, is seen by running whole files: `pruning.latency_budget` corrects the 
 
 import functools
 import importlib.metadata
-import json
 import math
 import pathlib
 import platform
@@ -14,9 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pocketsize import report, targets
+from pocketsize import targets
 from pocketsize.errors import UserError
-from pocketsize.files import write_json
+from pocketsize.latency_files import TableFile, merged
 from pocketsize.layer_timing import COUNTS, Call, LayerTimer
 
 # The float formats, and what runs them.
@@ -42,6 +41,8 @@ class LatencyTable:
   Args:
     format: one of `RUNTIMES` or `INTEGER_RUNTIMES`.
     path: of the JSON file that keeps the entries; in memory only if None.
+    known: of another such file, of any nets: what it has is not timed again, and it gets what it
+      lacks. Where both have an entry that of `path` counts.
     multiple: step of the grid, at least 1; of layers with more than 16 steps to a whole count so
       many times it that there are 16. Whole counts belong to the grid too.
     timer: `timer(layer, shape)` gives the ms of a new Keras layer that reads `shape`, without
@@ -53,7 +54,7 @@ class LatencyTable:
       of the runtime, or a complete file that is missing.
   """
 
-  def __init__(self, format, path=None, multiple=8, timer=None, is_complete=False):
+  def __init__(self, format, path=None, multiple=8, timer=None, is_complete=False, known=None):
     runtimes = {**RUNTIMES, **INTEGER_RUNTIMES}
     if format not in runtimes:
       raise UserError(f'`format` must be one of {", ".join(runtimes)}. Received: {format!r}.')
@@ -61,19 +62,22 @@ class LatencyTable:
       raise UserError(f'`multiple` must be at least 1. Received: {multiple}.')
     self.format, self.multiple = format, multiple
     self._timer = timer or LayerTimer(format)
-    self._path = None if path is None else pathlib.Path(path)
-    self._is_complete = is_complete
-    if is_complete and not (self._path and self._path.exists()):
-      raise UserError(
-        f'A latency table that is complete must be a file that is there. Received: {path}.'
-      )
     runtime = runtimes[format]
-    self._origin = {
+    origin = {
       'format': format,
       'processor': _processor(),
       'runtime': f'{runtime} {importlib.metadata.version(runtime)}',
     }
-    self._entries = self._read() if self._path and self._path.exists() else {}
+    self._path, self._is_complete = path, is_complete
+    self._files = [TableFile(each, origin) for each in (known, path) if each is not None]
+    if is_complete and not (path and pathlib.Path(path).exists()):
+      raise UserError(
+        f'A latency table that is complete must be a file that is there. Received: {path}.'
+      )
+    self._entries = merged(*(file.read() for file in self._files))
+    if known and path and self._entries:
+      # Now, so that a later start finds the times of this one, whatever becomes of the other file.
+      self._keep()
 
   def milliseconds(self, layer, shape, inputs=None, outputs=None):
     """Returns the time of one call of a layer like `layer`, bilinear between the grid's points.
@@ -118,27 +122,12 @@ class LatencyTable:
           f'({call.signature}, channels {key}). Give another path, or none to time the layers.'
         )
       entries[key] = self._timer(*call.resized(inputs, outputs))
-      if self._path:
-        content = {**self._origin, 'versions': report.versions(), 'milliseconds': self._entries}
-        write_json(self._path, content)
+      self._keep()
     return entries[key]
 
-  def _read(self):
-    try:
-      content = json.loads(self._path.read_text())
-      found = {key: content[key] for key in self._origin}
-      entries = content['milliseconds']
-    except (ValueError, KeyError, TypeError) as error:
-      raise UserError(
-        f'{self._path} is no table of latencies: remove it to time anew. Received: {error!r}.'
-      ) from error
-    for key, own in self._origin.items():
-      if found[key] != own:
-        raise UserError(
-          f'Latency table {self._path} holds for one {key} only, and here that is {own!r}: give '
-          f'another path. Received: {found[key]!r}.'
-        )
-    return entries
+  def _keep(self):
+    for file in self._files:
+      file.add(self._entries)
 
 
 def _points(count, whole, step, least):

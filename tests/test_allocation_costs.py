@@ -313,6 +313,38 @@ def test_no_choice_takes_longer_than_it_costs(net, multiple):
     assert predicted(channels, keep, table) <= found.of(levels) * (1 + 1e-9)
 
 
+def sliced():
+  """What 'made' makes is read in halves, of which a few of its channels leave one empty."""
+  inputs = keras.Input((8, 8, 3))
+  x = layers.Conv2D(8, 3, padding='same', name='made')(inputs)
+  halves = [
+    layers.Conv2D(8, 3, name=name)(half)
+    for name, half in (('left', x[..., :4]), ('right', x[..., 4:]))
+  ]
+  x = layers.GlobalAveragePooling2D()(layers.Concatenate()(halves))
+  return keras.Model(inputs, layers.Dense(3, name='head')(x))
+
+
+@pytest.mark.parametrize('make', [*NETS.values(), sliced])
+def test_counts_that_are_no_faster_than_larger_ones_are_no_choice(make):
+  """In times of whole steps of four channels the most of each step is left."""
+  channels = ChannelGraph(make())
+  found, _ = units(channels)
+  variables, counts = channel_costs.unit_variables(
+    channels, found, [n / 8 for n in range(8)], rounding=np.round
+  )
+  table = timed('tflite', lambda inputs, outputs: -(-inputs // 4) * -(-outputs // 4), multiple=1)
+  faster, left = channel_latency.without_slower(channels, variables, counts, table)
+  assert [each.name for each in faster] == [each.name for each in variables]
+  for before, after in zip(variables, faster, strict=True):
+    kept = counts[before.name]
+    assert left[before.name][-1] == kept[-1] and set(left[before.name]) <= set(kept)
+    assert [before.choices[kept.index(count)] for count in left[before.name]] == list(after.choices)
+  assert any(len(left[name]) < len(counts[name]) for name in counts)
+  cost = channel_latency.milliseconds(channels, left, table)
+  assert cost.of([len(values) - 1 for values in left.values()]) >= predicted(channels, {}, table)
+
+
 def test_a_depthwise_layer_that_reads_three_units_is_bounded():
   inputs = keras.Input((4, 4, 3))
   x = layers.Concatenate()([layers.Conv2D(4, 1, name=name)(inputs) for name in 'abc'])

@@ -631,8 +631,8 @@ def test_channels_under_a_share_of_the_latency(tmp_path, float_file, monkeypatch
     return float(getattr(layer, 'filters', None) or layer.units)
 
   monkeypatch.setattr(
-    'learners.channel_search.LatencyTable',
-    lambda format, path: LatencyTable(format, path, timer=timer),
+    'learners.channel_targets.LatencyTable',
+    lambda *arguments, **options: LatencyTable(*arguments, timer=timer, **options),
   )
   arguments = ['--target=latency', '--target_share=0.7', '--allocation=hawq', '--hawq_iterations=2']
   learner = ['--learner=channel', '--cp_nb_batches=1']
@@ -653,17 +653,50 @@ def test_channels_that_take_longer_than_more_of_them_are_no_choice(tmp_path, mon
     return 40.0 if outputs == 8 else float(outputs)
 
   monkeypatch.setattr(
-    'learners.channel_search.LatencyTable',
-    lambda format, path: LatencyTable(format, path, timer=timer),
+    'learners.channel_targets.LatencyTable',
+    lambda *arguments, **options: LatencyTable(*arguments, timer=timer, **options),
   )
-  table = f'--target_table={tmp_path / "table.json"}'
-  learner = main.make_learner(
-    ModelHelper, ['run.py', *CHANNEL_BY_AGENT, '--target=latency', '--target_share=0.9', table]
-  )
+  target = ['--target=latency', '--target_share=0.9', f'--work_dir={tmp_path}']
+  learner = main.make_learner(ModelHelper, ['run.py', *CHANNEL_BY_AGENT, *target])
   problem, counts = learner._problem(*learner.plan(learner.structure)[:2])
   assert problem.budget == pytest.approx(0.9 * 122)
   assert problem.cost.of(problem.highest) == pytest.approx(122)
   assert counts['conv0'] == [16] and len(counts['conv2']) == 17
+
+
+def test_a_run_finds_the_times_of_its_choices_again_without_the_table_of_other_nets(
+  tmp_path, monkeypatch
+):
+  times = iter(np.linspace(1.0, 2.0, 1000))
+  monkeypatch.setattr(
+    'learners.channel_targets.LatencyTable',
+    lambda *arguments, **options: LatencyTable(
+      *arguments, timer=lambda layer, shape: next(times) * shape[-1], **options
+    ),
+  )
+  table = tmp_path / 'all.json'
+  target = ['--target=latency', '--target_share=0.9', f'--target_table={table}']
+  learner = main.make_learner(
+    ModelHelper, ['run.py', *CHANNEL_BY_AGENT, *target, f'--work_dir={tmp_path / "run"}']
+  )
+  plan = learner.plan(learner.structure)[:2]
+  first, _ = learner._problem(*plan)
+  table.unlink()
+  again, _ = learner._problem(*plan)
+  assert again.budget == first.budget and again.cost.of(again.highest) == first.cost.of(
+    first.highest
+  )
+  assert table.exists()
+
+
+def test_too_few_images_for_a_refit_by_all_workers_are_refused_before_anything_is_trained(
+  tmp_path, monkeypatch
+):
+  arguments = ['run.py', *CHANNEL_BY_AGENT, f'--work_dir={tmp_path}', '--batch_size=400']
+  learner = main.make_learner(ModelHelper, arguments)
+  monkeypatch.setattr(learner.runtime, 'size', 4)
+  with pytest.raises(UserError, match="must fit into the split 'fit' of"):
+    learner.check()
 
 
 def test_no_image_that_is_held_out_is_reconstructed_from(monkeypatch):

@@ -186,6 +186,16 @@ def test_sizes_must_be_fixed_where_no_input_is_large_enough():
     shrink(model, channels.half(ChannelGraph(model)))
 
 
+def test_a_constant_that_is_no_number_is_told_whatever_the_size():
+  inputs = keras.Input((None, None, 3))
+  x = layers.BatchNormalization(name='shifted')(layers.Conv2D(4, 3)(inputs))
+  model = keras.Model(inputs, head(layers.Conv2D(4, 3, name='reader')(x)))
+  model.get_layer('shifted').beta.assign(np.full(4, np.nan))
+  keep = channels.half(ChannelGraph(model, keep_shift=True))
+  with pytest.raises(UserError, match="'reader' reads of dropped channels must be finite numbers"):
+    shrink(model, keep, keep_shift=True)
+
+
 def test_a_sum_over_an_unknown_length_freezes_a_constant():
   inputs = keras.Input((None, 3))
   x = ops.sum(layers.Conv1D(8, 1, activation='sigmoid', name='made')(inputs), axis=1)

@@ -144,6 +144,35 @@ def test_a_foreign_table_is_refused(tmp_path, key):
     table_of(path=path)
 
 
+def test_what_another_file_knows_is_kept_here_too_and_it_gets_the_rest(tmp_path):
+  own, known = tmp_path / 'own.json', tmp_path / 'known.json'
+  wide, narrow = layers.Conv2D(32, 3), layers.Conv2D(16, 3)
+  assert table_of(path=known).milliseconds(wide, (8, 8, 16)) == 256 + 32 + 100
+  timer = Timer()
+  table = table_of(timer, path=own, known=known)
+  assert table.milliseconds(wide, (8, 8, 16)) == 256 + 32 + 100
+  assert timer.asked == []
+  assert table.milliseconds(narrow, (8, 8, 16)) == 256 + 16 + 100
+  assert len(timer.asked) == 1
+  known.unlink()
+  again = table_of(timer, path=own, known=known)
+  assert [again.milliseconds(each, (8, 8, 16)) for each in (wide, narrow)] == [388, 372]
+  table_of(timer, path=known, known=own)
+  assert table_of(timer, path=known).milliseconds(narrow, (8, 8, 16)) == 372
+  assert len(timer.asked) == 1
+
+
+def test_two_processes_may_fill_a_file(tmp_path):
+  path = tmp_path / 'table.json'
+  tables = [table_of(path=path) for _ in range(2)]
+  for table, outputs in zip(tables, (16, 32), strict=True):
+    table.milliseconds(layers.Conv2D(outputs, 3), (8, 8, 16))
+  timer = Timer()
+  found = table_of(timer, path=path)
+  assert [found.milliseconds(layers.Conv2D(n, 3), (8, 8, 16)) for n in (16, 32)] == [372, 388]
+  assert timer.asked == []
+
+
 def test_a_complete_table_times_nothing(tmp_path):
   timer, path = Timer(), tmp_path / 'table.json'
   table_of(path=path).milliseconds(layers.Conv2D(8, 3), (9, 9, 16))

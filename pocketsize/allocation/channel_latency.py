@@ -27,16 +27,16 @@ def without_slower(channels, variables, counts, table):
     table: a `LatencyTable`.
 
   Raises:
-    UserError: see `latency.predicted`.
+    UserError: see `latency.sized_calls`.
   """
-  sizes = {group.name: group.size for group in channels.groups}
-  faster, left = [], {}
+  calls, faster, left = latency.sized_calls(channels, table), [], {}
   for variable in variables:
     kept = counts[variable.name]
-    times = [
-      latency.predicted(channels, {variable.name: np.arange(sizes[variable.name]) < count}, table)
-      for count in kept
-    ]
+    unit = Kept(channels, {variable.name: kept})
+    times = []
+    for level in range(len(kept)):
+      at = unit.at(lambda place, level=level: level)
+      times.append(sum(call.milliseconds(call.inputs(at), call.outputs(at)) for call in calls))
     levels = [n for n, time in enumerate(times) if time < min(times[n + 1 :], default=math.inf)]
     faster.append(variable._replace(choices=tuple(variable.choices[level] for level in levels)))
     left[variable.name] = [kept[level] for level in levels]

@@ -19,11 +19,12 @@ _LEGACY = 'TF_USE_LEGACY_KERAS'
 def tfmot():
   """Returns tfmot's `quantization.keras`; UserError if its package is missing."""
   kept = os.environ.get(_LEGACY)
-  library = require('tensorflow_model_optimization', 'for --learner=uniform-tf')
-  os.environ.pop(_LEGACY, None)
-  if kept is not None:
-    os.environ[_LEGACY] = kept
-  return library.quantization.keras
+  try:
+    return require('tensorflow_model_optimization', 'for --learner=uniform-tf').quantization.keras
+  finally:
+    os.environ.pop(_LEGACY, None)
+    if kept is not None:
+      os.environ[_LEGACY] = kept
 
 
 def annotated(twin, graph):
