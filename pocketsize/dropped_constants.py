@@ -6,9 +6,7 @@ import tensorflow as tf
 
 from pocketsize.errors import UserError
 from pocketsize.graph import functional
-
-# Of an input to see constants with, where the model's has no size.
-_SIZES = (32, 64, 128, 256, 512)
+from pocketsize.sizes import fitting
 
 
 def folded_constants(graph, masked, readers):
@@ -23,14 +21,17 @@ def folded_constants(graph, masked, readers):
     UserError: a constant is not finite, or the inputs' sizes are not fixed and no size will do.
   """
   originals = dict(zip(masked.nodes, graph.nodes, strict=True))
-  shapes = [symbol.shape for symbol in functional(masked.model).inputs]
-  for size in _SIZES if any(None in shape[1:] for shape in shapes) else (None,):
+  symbols, failed = functional(masked.model).inputs, None
+  shapes, dtypes = [each.shape for each in symbols], [each.dtype for each in symbols]
+  for sized in fitting(shapes, dtypes, lambda inputs: masked.run(inputs, training=False)):
+    # Any input will do that is large enough.
+    inputs = [
+      keras.ops.cast(keras.ops.ones(shape), dtype)
+      for shape, dtype in zip(sized, dtypes, strict=True)
+    ]
     try:
-      return _seen(masked, originals, readers, _inputs(masked, size))
-    # Too small for the model's strides and pooling; Keras and TensorFlow say so in their own ways.
+      return _seen(masked, originals, readers, inputs)
     except (ValueError, tf.errors.OpError) as error:
-      if size is None:
-        raise
       failed = error
   if isinstance(failed, UserError):
     raise failed
@@ -38,29 +39,6 @@ def folded_constants(graph, masked, readers):
     f'What {", ".join(layer.name for layer in readers)} would read of dropped channels cannot be '
     f"found out: give the model's inputs fixed sizes. Received: {shapes}."
   ) from failed
-
-
-def _inputs(graph, size):
-  """Returns inputs to see constants with; any will do that are large enough.
-
-  Raises:
-    ValueError: what Keras says of a model that makes a tensor of nothing of them.
-  """
-  symbols = functional(graph.model).inputs
-  shapes = [[1, *(known or size for known in symbol.shape[1:])] for symbol in symbols]
-  if size:
-    # TensorFlow does not always say so: convolutions of oneDNN give what lies in memory.
-    graph.run(
-      [
-        keras.Input(batch_shape=shape, dtype=symbol.dtype)
-        for shape, symbol in zip(shapes, symbols, strict=True)
-      ],
-      training=False,
-    )
-  return [
-    keras.ops.cast(keras.ops.ones(shape), symbol.dtype)
-    for shape, symbol in zip(shapes, symbols, strict=True)
-  ]
 
 
 def _seen(masked, originals, readers, inputs):

@@ -5,6 +5,7 @@ import os
 import pathlib
 import sys
 
+import hypothesis
 import pytest
 
 # Before anything imports TensorFlow: its log lines would stand among the messages that tests read.
@@ -14,6 +15,10 @@ sys.modules.setdefault('openvino_telemetry', None)
 os.environ.setdefault('ORT_DISABLE_TELEMETRY', '1')
 # TensorFlow's tracing makes so many objects that looking for cycles takes a seventh of the suite.
 gc.set_threshold(200_000, 20, 50)
+# The same examples in each run, however slow the machine is; --hypothesis-profile=default draws
+# others.
+hypothesis.settings.register_profile('suite', deadline=None, derandomize=True)
+hypothesis.settings.load_profile('suite')
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -22,6 +27,27 @@ def pytest_collection_modifyitems(items):
   for item in items:
     if not item.get_closest_marker('xdist_group'):
       item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+@pytest.fixture(scope='module', autouse=True)
+def module_begins_alike():
+  """Weights without a seed of their own do not depend on the modules that ran before."""
+  _begin_alike()
+
+
+@pytest.fixture(autouse=True)
+def test_begins_alike(module_begins_alike):
+  """Nor on the tests that ran before, nor does what is computed."""
+  _begin_alike()
+
+
+def _begin_alike():
+  import keras
+  from tensorflow.python.framework import config as tf_config
+
+  keras.utils.set_random_seed(0)
+  # A run of a learner switches it on for good.
+  tf_config.disable_op_determinism()
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -55,8 +81,5 @@ def float_file(tmp_path_factory):
 def deterministic():
   """TensorFlow computes the same bits each time."""
   import tensorflow as tf
-  from tensorflow.python.framework import config as tf_config
 
   tf.config.experimental.enable_op_determinism()
-  yield
-  tf_config.disable_op_determinism()

@@ -46,7 +46,7 @@ shapes = st.lists(st.integers(1, 4), min_size=2, max_size=5).map(tuple)
 
 
 @hypothesis.given(st.integers(0, 2**32 - 1), shapes, st.sampled_from(['xnor', 'dorefa']), st.data())
-@hypothesis.settings(max_examples=40, deadline=None)
+@hypothesis.settings(max_examples=40)
 def test_weights_against_a_loop(seed, shape, mode, data):
   axes = data.draw(st.sampled_from([(-1,), (-2,), (-2, -1)]))
   kernel = random_kernel(seed, shape)
@@ -62,7 +62,7 @@ def test_weights_against_a_loop(seed, shape, mode, data):
 
 
 @hypothesis.given(st.integers(0, 2**32 - 1), shapes, st.sampled_from(['xnor', 'dorefa']))
-@hypothesis.settings(max_examples=40, deadline=None)
+@hypothesis.settings(max_examples=40)
 def test_grid_and_codes_give_the_kernel_back_to_the_last_bit(seed, shape, mode):
   quantizer = built(BinaryKernel(mode), shape)
   deployed = quantizer(tf.constant(random_kernel(seed, shape))).numpy()
@@ -135,7 +135,7 @@ def slow_activation(x, scale, threshold, upstream):
 @hypothesis.given(
   st.integers(0, 2**32 - 1), st.integers(1, 4), st.sampled_from([0.5, 2.0]), st.booleans()
 )
-@hypothesis.settings(max_examples=40, deadline=None)
+@hypothesis.settings(max_examples=40)
 def test_activations_and_their_three_gradients_against_a_loop(seed, channels, scale, is_first):
   """Values at 0, at s and at s t are among them, where the intervals are open or closed."""
   rng = np.random.default_rng(seed)

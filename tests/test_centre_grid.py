@@ -33,7 +33,7 @@ def test_the_scale_has_the_least_error_by_hand():
   np.testing.assert_allclose(scales, [[1 / 120], [6 / 120]], rtol=1e-6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(arrays.arrays(np.float32, st.tuples(st.just(3), st.integers(2, 12)), elements=CENTRES))
 def test_against_a_loop_over_the_codes_of_the_largest_centre(centres):
   codes, scales = found(centres)

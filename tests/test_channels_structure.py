@@ -169,7 +169,7 @@ def random_models(draw):
 
 
 @given(random_models(), st.booleans(), st.integers(0, 99))
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 def test_random_graphs(model, keep_shift, seed):
   graph = ChannelGraph(model, keep_shift)
   keep = channels.half(graph, seed)

@@ -42,7 +42,7 @@ def _assert_equal(one, other):
     np.testing.assert_array_equal(y, other_y)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
   start=st.integers(0, 17), rank=st.integers(0, 1), workers=st.just(2), seed=st.integers(0, 2**40)
 )
@@ -52,7 +52,7 @@ def test_beginning_at_a_step_equals_skipping_to_it(start, rank, workers, seed):
   _assert_equal(_take(3, start=start, **common), _take(start + 3, **common)[start:])
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(workers=st.integers(1, 5), step=st.integers(0, 6), seed=st.integers(0, 99))
 def test_shards_cut_the_global_batch_of_one_worker_in_parts(workers, step, seed):
   parts = [_take(1, shard=(rank, workers), seed=seed, start=step)[0][1] for rank in range(workers)]

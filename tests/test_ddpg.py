@@ -205,7 +205,7 @@ def test_the_baseline_is_a_moving_average_that_begins_with_the_first():
 # Replay buffer.
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(1, 7), st.lists(st.integers(0, 9), max_size=6))
 def test_the_ring_keeps_the_latest(size, chunks):
   replay, oracle = Replay(size, 1, 1), collections.deque(maxlen=size)
@@ -363,7 +363,7 @@ bounds = st.tuples(st.floats(-1e3, 1e3), st.floats(1e-3, 1e3)).map(
 )
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
   st.lists(bounds, min_size=1, max_size=3),
   st.sampled_from(['param', 'action']),

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from allocations import problems
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pocketsize.allocation.direct import heuristic, listed, uniform
@@ -54,7 +54,6 @@ def test_a_common_ratio_falls_with_the_level():
   assert ratios(1) == [0.0, 0.0, 0.0]
 
 
-@settings(deadline=None)
 @given(problems())
 def test_the_common_choice_against_all_of_them(problem):
   levels = uniform(problem)
@@ -86,7 +85,6 @@ def test_the_height_falls_with_the_logarithm_of_the_size():
   assert levels(99) == [4, 4, 4]
 
 
-@settings(deadline=None)
 @given(problems(), st.data())
 def test_the_heuristic_meets_every_budget_as_closely_as_it_can(problem, data):
   sizes = np.array([data.draw(st.integers(2, 10**6)) for _ in problem.sizes])

@@ -25,7 +25,7 @@ def check(problem, losses):
   assert total(losses, levels) == pytest.approx(best, rel=1e-9, abs=1e-12)
 
 
-@settings(deadline=None, max_examples=150, derandomize=True)
+@settings(max_examples=150)
 @given(problems(), st.data())
 def test_tables_of_one_and_more_places_against_all_solutions(problem, data):
   rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
@@ -41,7 +41,7 @@ def test_tables_of_one_and_more_places_against_all_solutions(problem, data):
   check(problem, losses)
 
 
-@settings(deadline=None, max_examples=20, derandomize=True)
+@settings(max_examples=20)
 @given(problems(most=8, choices=3, places=2), st.integers(0, 2**32 - 1))
 def test_up_to_eight_variables_against_all_solutions(problem, seed):
   rng = np.random.default_rng(seed)

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
-from tensorflow.python.framework import config as tf_config
 from toys import compile_for_logits, images, labels
 
 import pocketsize
@@ -491,13 +490,6 @@ def test_a_masked_channel_is_judged_by_its_latent_weights():
   assert scores.min() > 1e-6
   expected = (gradient[:, 1] * np.array(kernel)[:, 1]).sum() ** 2
   np.testing.assert_allclose(scores[1], expected, rtol=1e-4)
-
-
-@pytest.fixture
-def deterministic():
-  tf.config.experimental.enable_op_determinism()
-  yield
-  tf_config.disable_op_determinism()
 
 
 def test_watching_gradients_does_not_change_training(deterministic):

@@ -75,7 +75,7 @@ def convolutions(draw):
   return built(layer, x), x
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(convolutions())
 def test_patches_times_kernel_is_the_convolution(drawn):
   layer, x = drawn
@@ -84,7 +84,7 @@ def test_patches_times_kernel_is_the_convolution(drawn):
   np.testing.assert_allclose(patches(layer, x) @ flat_kernel(layer), expected, atol=1e-4)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 @given(convolutions(), st.integers(1, 5), st.integers(0, 99))
 def test_sampled_places_are_rows_of_all_places(drawn, points, seed):
   layer, x = drawn

@@ -82,7 +82,7 @@ def test_the_choice_is_that_of_the_bisection(seed, count):
     np.testing.assert_array_equal(chosen, expected)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 @given(
   st.integers(1, 9),
   st.integers(0, 99),

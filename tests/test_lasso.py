@@ -58,7 +58,7 @@ def test_the_choice_does_not_depend_on_the_scale(scale):
   np.testing.assert_array_equal(found, expected)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(
   st.integers(1, 9),
   st.integers(0, 99),

@@ -63,7 +63,7 @@ def slow_scale_gradient(x, scale, bits, upstream):
   return values, to_x, to_scale
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
   st.integers(1, 8),
   st.sampled_from([0.0, 0.25, 0.5, 2.0]),
@@ -282,7 +282,7 @@ BATCH = np.random.default_rng(5).normal(size=200).astype('float32')
 UPSTREAM = np.random.default_rng(6).normal(size=200).astype('float32')
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.floats(-3, 1, width=32), st.floats(0.125, 4, width=32), st.integers(2, 9))
 def test_an_asymmetric_range_against_the_slow_loop(low, width, bits):
   """Values on an end in one precision and beyond it in the other are rare: 5 in 1000."""

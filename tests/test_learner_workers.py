@@ -78,7 +78,7 @@ def trained(tmp_path_factory):
   flags['diverging'] = [*SMALL, '--nb_epochs_rat=0.03']
   learners = folder / 'learners.json'
   learners.write_text(json.dumps(flags))
-  return folder, *finish(start('learning.py', folder, learners), seconds=300)
+  return folder, *finish(start('learning.py', folder, learners), seconds=900)
 
 
 @needs_horovod

@@ -5,7 +5,7 @@ import dataclasses
 import keras
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from toys import compile_for_logits, conv_net, images, labels
@@ -16,7 +16,6 @@ from pocketsize.errors import UserError
 from pocketsize.sparsity.magnitude import MagnitudeConfig, heuristic_ratios, magnitude_mask
 
 
-@settings(deadline=None)
 @given(
   hnp.arrays(
     np.float32,
@@ -52,7 +51,6 @@ def test_a_ratio_over_the_cap_is_held_and_the_others_make_up_for_it():
   np.testing.assert_allclose(ratios[:-1], 0.81)
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(2, 10**6), min_size=1, max_size=30), st.floats(0, 0.98))
 def test_heuristic_ratios_reach_the_overall_ratio_below_the_cap(sizes, ratio):
   ratios = heuristic_ratios(sizes, ratio)

@@ -309,7 +309,8 @@ def test_public_resnet_20_has_its_published_accuracy(shared):
   predict = tf.function(lambda x: model(x, training=False))
   for x, y in helper.dataset().load('test', batch=500):
     evaluator.update(y.numpy(), predict(x).numpy())
-  assert evaluator.result()['accuracy'] == 0.9173
+  # Of 10,000 images one may have two classes between which rounding decides.
+  assert evaluator.result()['accuracy'] == pytest.approx(0.9173, abs=1.5e-4)
 
 
 @pytest.mark.slow

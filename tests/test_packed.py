@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from toys import MODELS, conv_net, images
@@ -74,7 +74,6 @@ def slow_pack(codes, bits):
   return bytes(content)
 
 
-@settings(deadline=None)
 @given(BITS, st.integers(0, 70), st.integers(0, 2**32))
 def test_bits_against_a_loop_over_bits(bits, count, seed):
   codes = np.random.default_rng(seed).integers(0, 2**bits, count)
@@ -138,7 +137,6 @@ def quantized(draw):
   return codes, kernel
 
 
-@settings(deadline=None)
 @given(quantized(), st.booleans())
 def test_any_codes_come_back_to_the_last_bit(drawn, entropy):
   codes, kernel = drawn
@@ -158,7 +156,6 @@ def test_any_codes_come_back_to_the_last_bit(drawn, entropy):
     assert found.sizes['codes'] == -(-kernel.size * codes.bits // 8)
 
 
-@settings(deadline=None)
 @given(
   hnp.arrays(
     st.sampled_from([np.float32, np.float64, np.float16, np.int32, np.uint8, np.bool_]),
@@ -174,7 +171,6 @@ def test_what_has_no_codes_is_stored_as_it_is(array, entropy):
   assert found.values().tobytes() == array.tobytes()
 
 
-@settings(deadline=None)
 @given(quantized())
 def test_entropy_coding_never_makes_a_file_larger(drawn):
   weights = [writer.weight_of('a/kernel', drawn[1], [Given(drawn[0])])]

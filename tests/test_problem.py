@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from allocations import everything, problems
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pocketsize.allocation.problem import Cost, Problem, Term, Variable
@@ -55,7 +55,6 @@ def test_a_sum_that_is_rounded_up_meets_its_own_budget():
   assert problem.is_met([0, 0, 0]) and not problem.is_met([1, 0, 0])
 
 
-@settings(deadline=None)
 @given(problems(), st.data())
 def test_the_highest_allowed_level_against_all_levels(problem, data):
   levels = [data.draw(st.integers(0, size - 1)) for size in problem.sizes]
@@ -70,7 +69,6 @@ def test_the_highest_allowed_level_against_all_levels(problem, data):
   assert levels == before
 
 
-@settings(deadline=None)
 @given(problems(), st.data())
 def test_repaired_levels_are_legal_and_never_above_what_was_asked(problem, data):
   asked = np.array([data.draw(st.floats(0, 6)) for _ in problem.sizes])
@@ -83,7 +81,6 @@ def test_repaired_levels_are_legal_and_never_above_what_was_asked(problem, data)
     assert got.tolist() == whole.tolist()
 
 
-@settings(deadline=None)
 @given(problems(most=3))
 def test_values_and_levels_are_inverse(problem):
   for levels in everything(problem):

@@ -127,7 +127,7 @@ def test_inputs_and_kernels_of_zeros(kernel):
   np.testing.assert_array_equal(found, np.where(chosen[:, None], problem.kernel, 0.0))
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 @given(st.integers(1, 8), st.integers(0, 99), st.integers(1, 30), st.data())
 def test_the_count_is_exact(channels, seed, iterations, data):
   rng = np.random.default_rng(seed)

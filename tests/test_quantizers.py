@@ -233,7 +233,7 @@ RANGES = st.tuples(st.floats(-1e3, 0, width=32), st.floats(0, 1e3, width=32)).fi
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(RANGES, st.integers(2, 16))
 def test_nudged_range_is_the_range_of_tensorflows_fake_quantizer(range_, bits):
   """Values far outside come out as TensorFlow's nudged ends: the same float32 operations."""
@@ -247,7 +247,7 @@ def test_nudged_range_is_the_range_of_tensorflows_fake_quantizer(range_, bits):
   assert abs(zero - round(zero)) < 1e-2 and low <= 0 <= high
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(RANGES, st.integers(2, 16))
 def test_clipping_computes_what_tensorflows_fake_quantizer_does(range_, bits):
   x = tf.constant(np.random.default_rng(bits).normal(size=200) * 4.0, tf.float32)
@@ -269,7 +269,6 @@ def test_activations_that_are_all_zero_have_a_range():
     np.testing.assert_array_equal(quantizer(tf.zeros((2, 3))), np.zeros((2, 3)))
 
 
-@settings(deadline=None)
 @given(RANGES, st.integers(2, 10))
 def test_every_output_lies_on_the_nudged_grid(range_, bits):
   low, high = nudged_range(*range_, bits)

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from toys import conv_net, images
@@ -110,7 +110,6 @@ def test_a_symmetric_search_gives_symmetric_ends():
   assert high[0] > 1.0 and high[1] == 0.0
 
 
-@settings(deadline=None)
 @given(ROWS, st.sampled_from(ranges.NAMES), st.integers(1, 8))
 def test_rows_are_searched_one_by_one(rows, name, bits):
   """All rows at once are what each alone is."""
@@ -122,7 +121,6 @@ def test_rows_are_searched_one_by_one(rows, name, bits):
       assert both[index] == pytest.approx(one[0], rel=1e-6, abs=1e-9)
 
 
-@settings(deadline=None)
 @given(ROWS)
 def test_three_sigma_against_a_loop(rows):
   for row, low, high in zip(rows, *three_sigma_range(rows), strict=True):

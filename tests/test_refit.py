@@ -1,5 +1,7 @@
 """Weights under a mask, refitted: against a solver that takes one output after the other."""
 
+from unittest import mock
+
 import keras
 import numpy as np
 import pytest
@@ -41,7 +43,7 @@ def slow(problem, mask, ridge):
   return found
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
   seed=st.integers(0, 2**32 - 1),
   inputs=st.integers(1, 12),
@@ -53,9 +55,12 @@ def test_it_is_the_least_squares_of_each_output(seed, inputs, outputs, ratio, ri
   rng = np.random.default_rng(seed)
   problem = dense_problem(rng, inputs, outputs, 40)
   mask = magnitude_mask(problem.kernel, ratio)
-  found, wanted = refit(problem, mask, ridge), slow(problem, mask, ridge)
+  # To the end; ten inputs of three factors hardly tell apart what lies within the usual residual.
+  with mock.patch('pocketsize.sparsity.refit._TOLERANCE', 1e-14):
+    found = refit(problem, mask, ridge)
   assert not found[mask == 0].any()
-  np.testing.assert_allclose(found, wanted, atol=2e-3 * np.abs(problem.kernel).max())
+  wanted = slow(problem, mask, ridge)
+  np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(problem.kernel).max())
 
 
 def test_two_inputs_that_are_one_by_hand():

@@ -37,7 +37,7 @@ def start(script, *arguments):
   )
 
 
-def finish(process, seconds=90):
+def finish(process, seconds=300):
   try:
     out, err = process.communicate(timeout=seconds)
   finally:

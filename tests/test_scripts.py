@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 import zipfile
 
 import pytest
@@ -296,11 +295,9 @@ def test_the_environment_is_made_once_and_a_failed_installation_is_done_again(cl
   assert again.returncode == 0, again.stderr
   assert again.stderr.startswith('Installing requirements.txt')  # .venv itself was there
 
-  begin = time.monotonic()
   second = start()
   assert second.returncode == 0
   assert second.stderr == ''
-  assert time.monotonic() - begin < 3
 
   (root / 'requirements.txt').write_text('')
   assert 'Installing' in start().stderr

@@ -190,7 +190,7 @@ STEPS = [
 CHOICE = st.tuples(st.integers(0, len(STEPS) - 1), st.integers(0, 99), st.integers(0, 99))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(CHOICE, min_size=3, max_size=12))
 def test_nothing_negative_is_flagged_in_graphs_by_chance(choices):
   keras.utils.set_random_seed(0)

@@ -42,7 +42,7 @@ def test_a_budget_that_all_meet_leaves_levels_uniform():
 
 
 @BOTH
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(problem=problems(), seed=st.integers(0, 99))
 def test_budgets_are_never_exceeded(make, problem, seed):
   searcher = make(problem, seed, startup=2)

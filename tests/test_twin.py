@@ -250,6 +250,28 @@ def test_images_of_any_size():
   assert assert_equal_outputs(model, images(2, size=9)).refused == {}
 
 
+@pytest.mark.parametrize(
+  ('layer', 'shape'),
+  [
+    (layers.DepthwiseConv2D(33), (None, None, 2)),
+    (layers.SeparableConv2D(3, 3, dilation_rate=16), (None, None, 2)),
+    (layers.AveragePooling1D(40, 1), (None, 2)),
+  ],
+)
+def test_windows_that_are_larger_than_an_image_of_32_places(layer, shape):
+  inputs = keras.Input(shape)
+  model = randomized(keras.Model(inputs, layer(inputs)))
+  assert assert_equal_outputs(model, noise((44,) * (len(shape) - 1) + (2,))).refused == {}
+
+
+def test_a_window_that_no_image_is_large_enough_for():
+  inputs = keras.Input((None, 1))
+  model = keras.Model(inputs, layers.MaxPooling1D(600, name='wide')(inputs))
+  assert build_twin(model).refused == {
+    'wide': 'the tf_keras twin has no MaxPooling1D of more than 512 places, it stays float'
+  }
+
+
 def test_a_layer_of_tf_keras_that_computes_something_else_is_not_used(monkeypatch):
   monkeypatch.setitem(twin._RENAMED, ('ReLU', 'max_value'), 'threshold')
   monkeypatch.setitem(twin._ARGUMENTS, 'ReLU', ('max_value',))

@@ -86,9 +86,9 @@ def lloyd(rows, centres):
   sums = np.concatenate([np.zeros((len(sums), 1)), sums], axis=1)
   searched = tf.constant(ordered)
   ends = np.stack([np.zeros_like(counts), counts], axis=1)
-  centres = np.sort(np.asarray(centres, np.float32), axis=1)
+  centres = np.sort(_flushed(np.asarray(centres, np.float32)), axis=1)
   for _ in range(_ITERATIONS):
-    middles = (centres[:, 1:] + centres[:, :-1]) * np.float32(0.5)
+    middles = _flushed((centres[:, 1:] + centres[:, :-1]) * np.float32(0.5))
     borders = tf.searchsorted(searched, middles, side='right').numpy()
     borders = np.concatenate([ends[:, :1], borders, ends[:, 1:]], axis=1)
     sizes = np.diff(borders, axis=1)
@@ -100,7 +100,7 @@ def lloyd(rows, centres):
       for places in (borders[:, :-1], borders[:, 1:] - 1)
     )
     means = np.clip(totals / np.maximum(sizes, 1), low, np.maximum(low, high))
-    moved = np.where(sizes > 0, means, centres).astype(np.float32)
+    moved = _flushed(np.where(sizes > 0, means, centres).astype(np.float32))
     if np.array_equal(moved, centres):
       break
     centres = moved
@@ -151,8 +151,13 @@ def _ordered(rows):
 
   A row without a weight is one of zeros.
   """
-  rows = np.asarray(rows, np.float32)
+  rows = _flushed(np.asarray(rows, np.float32))
   missing = np.isnan(rows)
   empty = missing.all(axis=1)
   ordered = np.sort(np.where(empty[:, None], 0.0, np.where(missing, np.inf, rows)), axis=1)
   return ordered.astype(np.float32), np.where(empty, rows.shape[1], (~missing).sum(axis=1))
+
+
+def _flushed(values):
+  """Returns float32 values with zero for subnormal ones, which TensorFlow takes for zero."""
+  return np.where(np.abs(values) < np.finfo(np.float32).tiny, np.float32(0.0), values)

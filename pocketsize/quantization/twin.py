@@ -14,10 +14,9 @@ from pocketsize.conversion.errors import require
 from pocketsize.errors import first_sentence
 from pocketsize.graph import Graph
 from pocketsize.quantization.stand_in import stand_in
+from pocketsize.sizes import LARGEST, fitting
 
 TOLERANCE = 1e-4
-# Of an axis without a size, to see what layers compute.
-_SIZE = 32
 _CONVOLUTION = ('kernel_size', 'strides', 'padding', 'dilation_rate', 'activation', 'use_bias')
 _POOLING = ('pool_size', 'strides', 'padding')
 # Keras 3 type: the arguments of the tf_keras type of the same name.
@@ -225,15 +224,31 @@ def _pad_channels(node, name, shape):
   ]
 
 
+def _shapes(node, graph, dtypes):
+  """Returns shapes of a node's inputs, of two samples, that are large enough for it."""
+
+  def computed(inputs):
+    values = dict(zip(node.inputs, inputs, strict=True))
+    # A call would leave its trace in the user's layer.
+    graph.step(node, values, lambda node, args, kwargs: node.operation.compute_output_spec(*args))
+
+  shapes = [graph.shape(number) for number in node.inputs]
+  found = next(fitting(shapes, dtypes, computed, batch=2), None)
+  if found is None:
+    raise _NoTwin(f'{type(node.operation).__name__} of more than {LARGEST} places')
+  return found
+
+
 def _check(node, layers, graph):
   """Gives layers the weights of a node, and refuses them unless both agree on normal noise."""
   rng, values = np.random.default_rng(0), {}
   kind = type(node.operation).__name__
-  for number in node.inputs:
-    dtype = graph.dtype(number)
+  dtypes = [graph.dtype(number) for number in node.inputs]
+  for dtype in dtypes:
     if not dtype.startswith('float'):
       raise _NoTwin(f'{kind} of {dtype}')
-    noise = rng.normal(size=(2, *(size or _SIZE for size in graph.shape(number)[1:])))
+  for number, shape, dtype in zip(node.inputs, _shapes(node, graph, dtypes), dtypes, strict=True):
+    noise = rng.normal(size=shape)
     values[number] = keras.ops.convert_to_tensor(noise.astype(dtype))
   inputs = [values[number] for number in node.inputs]
   got = _computed(layers, inputs)

@@ -20,7 +20,8 @@ def fail(runtime, folder):
   try:
     runtime.allreduce_sum(np.ones(3))
   except Exception as error:
-    print('lost a worker:', runtime_lib.is_worker_lost(error))
+    # Before the launcher, which ends the others, can end this one too.
+    print('lost a worker:', runtime_lib.is_worker_lost(error), flush=True)
     sys.exit(1)
 
 
