@@ -134,11 +134,18 @@ class ChannelSearch(ChannelLearner, Allotting):
     def timed():
       table = latency_table(self.config, self.folder)
       found = channel_latency.without_slower(channels, variables, counts, table)
-      cost = channel_latency.milliseconds(channels, found[1], table)
-      return *found, cost, self.config.target_share * predicted(channels, {}, table)
+      milliseconds = channel_latency.milliseconds(channels, found[1], table)
+      return *found, milliseconds, predicted(channels, {}, table)
 
-    faster, left, cost, budget = self.runtime.broadcast(self._on_chief(timed))
-    return Problem(faster, cost, budget), left
+    faster, left, milliseconds, whole = self.runtime.broadcast(self._on_chief(timed))
+    least, share = milliseconds.of([0] * len(faster)), self.config.target_share
+    if least > share * whole:
+      raise UserError(
+        f'--target_share must be at least {math.ceil(1000 * least / whole) / 1000}: the layers '
+        f'take {whole:.3g} ms, and {least:.3g} with the fewest channels to choose from. Received: '
+        f'{share}.'
+      )
+    return Problem(faster, milliseconds, share * whole), left
 
   def _task(self, model, channels, found):
     problem, counts = self._problem(channels, found)

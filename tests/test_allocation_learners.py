@@ -664,6 +664,19 @@ def test_channels_that_take_longer_than_more_of_them_are_no_choice(tmp_path, mon
   assert counts['conv0'] == [16] and len(counts['conv2']) == 17
 
 
+def test_a_share_of_latency_that_no_choice_has_is_told_with_the_least(tmp_path, monkeypatch):
+  monkeypatch.setattr(
+    'learners.channel_targets.LatencyTable',
+    lambda *arguments, **options: LatencyTable(
+      *arguments, timer=lambda layer, shape: 1.0, **options
+    ),
+  )
+  target = ['--target=latency', '--target_share=0.9', f'--work_dir={tmp_path}']
+  learner = main.make_learner(ModelHelper, ['run.py', *CHANNEL_BY_AGENT, *target])
+  with pytest.raises(UserError, match='^--target_share must be at least 1.0: the layers take 4 ms'):
+    learner._problem(*learner.plan(learner.structure)[:2])
+
+
 def test_a_run_finds_the_times_of_its_choices_again_without_the_table_of_other_nets(
   tmp_path, monkeypatch
 ):
