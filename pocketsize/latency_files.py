@@ -30,8 +30,8 @@ class TableFile:
     try:
       content = json.loads(self._path.read_text())
       found = {key: content[key] for key in self._origin}
-      entries = content['milliseconds']
-    except (ValueError, KeyError, TypeError) as error:
+      entries = merged(content['milliseconds'])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
       raise UserError(
         f'{self._path} is no table of latencies: remove it to time anew. Received: {error!r}.'
       ) from error

@@ -30,13 +30,13 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope='module', autouse=True)
-def module_begins_alike():
+def each_module_begins_alike():
   """Weights without a seed of their own do not depend on the modules that ran before."""
   _begin_alike()
 
 
 @pytest.fixture(autouse=True)
-def test_begins_alike(module_begins_alike):
+def each_test_begins_alike(each_module_begins_alike):
   """Nor on the tests that ran before, nor does what is computed."""
   _begin_alike()
 

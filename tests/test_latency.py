@@ -139,9 +139,20 @@ def test_a_foreign_table_is_refused(tmp_path, key):
   path.write_text(json.dumps({**json.loads(path.read_text()), key: 'another'}))
   with pytest.raises(UserError, match=f"holds for one {key} only, .* Received: 'another'"):
     table_of(path=path)
-  path.write_text('{')
-  with pytest.raises(UserError, match='is no table of latencies'):
-    table_of(path=path)
+
+
+@pytest.mark.parametrize('damage', ['{', '[]', '{"milliseconds": ["a"]}'])
+def test_a_damaged_table_is_refused_and_left_as_it_is(tmp_path, damage):
+  path = tmp_path / 'table.json'
+  table_of(path=path).milliseconds(layers.Dense(8), (16,))
+  text = damage
+  if 'milliseconds' in damage:
+    text = json.dumps({**json.loads(path.read_text()), **json.loads(damage)})
+  path.write_text(text)
+  for arguments in ({'path': path}, {'path': tmp_path / 'own.json', 'known': path}):
+    with pytest.raises(UserError, match='is no table of latencies'):
+      table_of(**arguments)
+  assert path.read_text() == text and not (tmp_path / 'own.json').exists()
 
 
 def test_what_another_file_knows_is_kept_here_too_and_it_gets_the_rest(tmp_path):
